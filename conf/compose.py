@@ -1,0 +1,89 @@
+"""From the command line to one resolved configuration: Hydra composes, every mistake becomes one sentence.
+
+Group default < experiment < command line. Overrides follow Hydra's grammar; a value whose key does not exist reaches the
+schema, which names the nearest key, instead of Hydra's own message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema import Refused, unknown_choice
+
+ROOT = Path(__file__).parent
+
+SECTIONS = ("attention", "moe", "residual")
+"""Groups that a model refers to as a whole, `${attention}`; they are building material, not sections of a run."""
+
+
+def groups() -> list[str]:
+    """The configuration groups, sorted."""
+    return sorted(path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group, sorted."""
+    return sorted(path.stem for path in (ROOT / group).glob("*.yaml"))
+
+
+def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
+    """The configuration `conf/<root>.yaml` under `overrides`, resolved to plain values. Raises Refused."""
+    parsed = _parse(overrides)
+    prepared = [_prepare(override) for override in parsed]
+    try:
+        with initialize_config_dir(str(ROOT), version_base="1.3"):
+            config = hydra_compose(root, prepared)
+        _refuse_unread(config, parsed)
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(f"the configuration cannot be composed: {_first_line(error)}") from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items() if key not in SECTIONS}
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise Refused(f"an override cannot be read: {_first_line(error)}; write it as key=value.") from None
+
+
+def _prepare(override: Override) -> str:
+    """Check the choice of a group; let the value of any other key through, to be checked with the whole."""
+    line = override.input_line or ""
+    key = override.key_or_group
+    if key in groups():
+        choice = override.value()
+        if isinstance(choice, str) and choice not in choices(key):
+            raise Refused(unknown_choice(key, choice, choices(key)))
+        return line
+    return line if override.is_delete() or line.startswith("++") else f"++{line.lstrip('+')}"
+
+
+def _refuse_unread(config: DictConfig, overrides: list[Override]) -> None:
+    """A section of building material that was asked for, but that the chosen model does not refer to."""
+    model = repr(OmegaConf.to_container(config.get("model"), resolve=False))
+    for override in overrides:
+        section = override.key_or_group.partition(".")[0]
+        if section in SECTIONS and f"${{{section}}}" not in model:
+            raise Refused(
+                f"{override.input_line} is not read: the chosen model fixes its own {section}; "
+                "choose a model that refers to it, such as model=backbone_tiny."
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    with contextlib.suppress(IndexError):
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return type(error).__name__

@@ -1,0 +1,56 @@
+"""What one rank feeds its model in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that is not scored; what torch's cross-entropy ignores by default
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of packed documents, already shifted: nothing downstream moves a label.
+
+    ids:             [B, S] int64, inputs.
+    targets:         [1 + depth, B, S] int64: the token 1 + d after each input, or IGNORE where that token lies in
+                     another document or is not to be scored.
+    position:        [B, S] int32, from 0 within each document piece; a window's first token is at 0.
+    document:        [B, S] int32, index of the document piece within its row: 0, 1, 2, …
+    scored:          number of targets at distance 1 that are not IGNORE.
+    single_document: every row is one document piece, so that plain causal attention is right.
+    digest:          hash of the windows in it (tokens and document borders), to compare the order of data.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    position: Tensor
+    document: Tensor
+    scored: int
+    single_document: bool
+    digest: str
+
+    def count(self) -> int:
+        """Scored targets at distance 1, known on the host without waiting for a device."""
+        return self.scored
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """This batch on `device`. A non-blocking copy to a GPU goes through pinned memory, else it would block."""
+        device = torch.device(device)
+
+        def move(tensor: Tensor) -> Tensor:
+            if non_blocking and device.type == "cuda" and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return Batch(
+            ids=move(self.ids),
+            targets=move(self.targets),
+            position=move(self.position),
+            document=move(self.document),
+            scored=self.scored,
+            single_document=self.single_document,
+            digest=self.digest,
+        )

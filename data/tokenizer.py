@@ -1,0 +1,102 @@
+"""Text to token ids: plain bytes, or a Hugging Face tokenizer.json. Imports `tokenizers` when one is opened."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.schema import Refused
+
+
+class Tokenizer(Protocol):
+    """fingerprint names its content; `vocab` is above every id; `end_of_document` ends each document."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def end_of_document(self) -> int: ...
+
+    def encode(self, texts: list[str]) -> list[NDArray[Any]]:
+        """The ids of each text, without the end of document."""
+        ...
+
+
+class Bytes:
+    """The bytes of UTF-8, and one id more that ends a document."""
+
+    fingerprint = "bytes"
+    end_of_document = 256
+    vocab = 257
+
+    def encode(self, texts: list[str]) -> list[NDArray[Any]]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A tokenizer.json. Raises Refused where it cannot be read or does not say what ends a document.
+
+    Text that happens to spell a special token is encoded as text: else a document could hold the end of a document.
+    """
+
+    path: str
+    end: str | None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            tokenizer = Fast.from_file(self.path)
+        except Exception as error:  # the library raises plain Exception for every fault of the file
+            raise Refused(f"tokenizer {self.path} is not a tokenizer.json that can be read: {error}.") from None
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+
+    @cached_property
+    def vocab(self) -> int:
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
+    @cached_property
+    def end_of_document(self) -> int:
+        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        if self.end is None and len(special) == 1:
+            return next(iter(special.values()))
+        known = ", ".join(special) or "it has none"
+        if self.end is None:
+            raise Refused(f"which token ends a document? Give end_of_document=TOKEN (special tokens: {known}).")
+        if (token := self._tokenizer.token_to_id(self.end)) is None:
+            raise Refused(
+                f"end_of_document is '{self.end}', which is no token of {self.path} (special tokens: {known})."
+            )
+        return token
+
+    def encode(self, texts: list[str]) -> list[NDArray[Any]]:
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.int32) for e in encoded]
+
+
+@lru_cache(maxsize=1)
+def open_tokenizer(name: str, end_of_document: str | None) -> Tokenizer:
+    """`bytes`, or the path of a tokenizer.json. Raises Refused."""
+    if name != "bytes":
+        if not Path(name).is_file():
+            raise Refused(f"tokenizer is '{name}', which is neither 'bytes' nor a tokenizer.json file.")
+        return HuggingFace(name, end_of_document)
+    if end_of_document is not None:
+        raise Refused("the bytes tokenizer ends documents with an id of its own; leave end_of_document out.")
+    return Bytes()

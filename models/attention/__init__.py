@@ -1,0 +1,1 @@
+"""The menu of attention schemes: `scheme: x` in a layer plan means the file `x.py` of this folder."""

@@ -1,0 +1,150 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3, arXiv 2412.19437, section 2.1.1).
+
+Cached per token: one latent, normalised, and one rotated key, shared by all heads. Two ways to read them, exactly equal:
+expanded to plain heads (training), or absorbed, where the up-projections move to the query and the output and the latent is
+both key and value (decode).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.contract import Attention, Entries, Flops, PairCount, Part, Pieces, Sequence, Slot, State, Visibility, at_tokens, visible_pairs
+from models.cores import blockwise
+from models.cores.merge import Core, read
+from models.linear import Linear
+from models.norm import RMSNorm
+from models.rope import Rope
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes in numbers per head, latents in numbers per token.
+
+    query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the softmax
+    scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms.
+    """
+
+    heads: int
+    latent: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    query_latent: int | None = None
+    scale_multiplier: float = 1.0
+    latent_eps: float = 1e-6
+    bias: bool = False
+    rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
+
+    def __post_init__(self) -> None:
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim ({self.rope_dim}) must be even to be rotated")
+        if min(self.heads, self.latent, self.nope_dim, self.value_dim) < 1:
+            raise ValueError("heads, latent, nope_dim and value_dim must be positive")
+
+    def build(self, width: int, *, writes: bool = True) -> MLA:
+        return MLA(self, width, writes)
+
+
+class Query(NamedTuple):
+    """nope: [B, S, H, nope_dim]; rope: [B, S, H, rope_dim], rotated."""
+
+    nope: Tensor
+    rope: Tensor
+
+
+class MLA(Attention):
+    """The latent is what is cached; heads exist only while they are read."""
+
+    core: Core = staticmethod(blockwise.core)
+
+    def __init__(self, config: Config, width: int, writes: bool) -> None:
+        super().__init__()
+        c = self.config = config
+        self.writes, self.width = writes, width
+        self.scale = (c.nope_dim + c.rope_dim) ** -0.5 * c.scale_multiplier
+        per_head = c.nope_dim + c.rope_dim
+        if c.query_latent is None:
+            self.query = Linear(width, c.heads * per_head, ("heads", "width"))
+        else:
+            self.query_down = Linear(width, c.query_latent, ("latent", "width"), bias=c.bias)
+            self.query_norm = RMSNorm(c.query_latent, c.latent_eps, "latent")
+            self.query = Linear(c.query_latent, c.heads * per_head, ("heads", "latent"))
+        # per head: nope_dim rows that make its key, then value_dim rows that make its value
+        self.expansion = Linear(c.latent, c.heads * (c.nope_dim + c.value_dim), ("heads", "latent"))
+        self.output = Linear(c.heads * c.value_dim, width, ("width", "heads"), "output", bias=c.bias)
+        if writes:
+            rows = (c.latent, c.rope_dim)
+            self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
+            self.latent_norm = RMSNorm(c.latent, c.latent_eps, "latent")
+
+    def slots(self) -> tuple[Slot, ...]:
+        latent = Part("latent", (("latent", self.config.latent),))
+        rope = Part("rope", (("rope_dim", self.config.rope_dim),))
+        return (Slot("latent", (latent, rope)),)
+
+    def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:
+        c = self.config
+        low = x if c.query_latent is None else self.query_norm(self.query_down(x))
+        nope, rope = self.query(low).unflatten(-1, (c.heads, -1)).split((c.nope_dim, c.rope_dim), -1)
+        query = Query(nope, c.rope.rotate(rope, sequence.position))
+        if not self.writes:
+            return query, {}
+        latent, key_rope = self.latent(x).split((c.latent, c.rope_dim), -1)
+        parts = {"latent": self.latent_norm(latent), "rope": c.rope.rotate(key_rope, sequence.position)}
+        return query, {"latent": at_tokens(sequence, parts)}
+
+    def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Tensor:
+        out = self._absorbed if self._absorbs(pieces["latent"][0], query.nope.shape[1]) else self._expanded
+        return self.output(out(query, pieces["latent"], sequence).flatten(-2))
+
+    def expand(self, entries: Entries) -> tuple[Tensor, Tensor]:
+        """Latents to plain heads: keys [B, T, H, nope_dim + rope_dim], values [B, T, H, value_dim]."""
+        c = self.config
+        heads = self.expansion(entries.parts["latent"]).unflatten(-1, (c.heads, -1))
+        nope, value = heads.split((c.nope_dim, c.value_dim), -1)
+        rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, c.heads, -1)
+        return torch.cat((nope, rope), -1), value
+
+    def _absorbs(self, entries: Entries, queries: int) -> bool:
+        return not entries.aligned and queries <= self._break_even()
+
+    def _break_even(self) -> float:
+        """Queries up to which the absorbed form costs less than expanding; the number of entries cancels."""
+        c = self.config
+        saved = 2 * c.latent - c.nope_dim - c.value_dim
+        return c.latent * (c.nope_dim + c.value_dim) / saved if saved > 0 else float("inf")
+
+    def _expanded(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
+        readables = [(*self.expand(entries), Visibility.of(entries, sequence)) for entries in pieces]
+        return read(self.core, torch.cat(query, -1), readables, self.scale)
+
+    def _absorbed(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
+        c = self.config
+        weight = self.expansion.weight.to(query.nope.dtype).unflatten(0, (c.heads, -1))
+        to_key, to_value = weight.split((c.nope_dim, c.value_dim), 1)
+        low = torch.cat((torch.einsum("bshn,hnc->bshc", query.nope, to_key), query.rope), -1)
+        readables = []
+        for entries in pieces:
+            latent = entries.parts["latent"].unsqueeze(2)
+            key = torch.cat((latent, entries.parts["rope"].unsqueeze(2)), -1)
+            readables.append((key, latent, Visibility.of(entries, sequence)))
+        return torch.einsum("bshc,hvc->bshv", read(self.core, low, readables, self.scale), to_value)
+
+    def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
+        c = self.config
+        projections = self.query.flops() + self.output.flops()
+        if c.query_latent is not None:
+            projections += self.query_down.flops()
+        if self.writes:
+            projections += self.latent.flops()
+        scored = pairs(self.slots()[0], queries, context)
+        if queries < context and queries <= self._break_even():
+            moved = 2.0 * c.heads * c.latent * (c.nope_dim + c.value_dim)
+            return Flops(queries * (projections + moved), scored * 2.0 * c.heads * (2 * c.latent + c.rope_dim))
+        per_pair = 2.0 * c.heads * (c.nope_dim + c.rope_dim + c.value_dim)
+        return Flops(queries * projections + context * self.expansion.flops(), scored * per_pair)

@@ -1,0 +1,169 @@
+"""The decode cache: exactly the entries and tails that the schemes declare, and the sequence that reads and fills them.
+
+Ragged batches: every row has its own length. The tokens in hand are left-aligned; places after a row's own tokens have the
+document NOTHING, leave nothing behind and see nothing. Entries carry their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.contract import NOTHING, Entries, Pieces, Sequence, Slot, State
+from models.model import Model
+from models.sequence import local_counts
+
+
+@dataclass
+class Store:
+    """One slot of one layer. parts: by name, [B, capacity, *dims]; position: [B, capacity], NOTHING where empty.
+
+    count: [B], entries written so far (unbounded slots fill places in order; bounded ones are rings by position).
+    """
+
+    slot: Slot
+    parts: dict[str, Tensor]
+    position: Tensor
+    count: Tensor
+
+    @classmethod
+    def empty(cls, slot: Slot, num_rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Store:
+        capacity = slot.entries(tokens)
+
+        def allocate(part_format: str, shape: tuple[int, ...]) -> Tensor:
+            wide = part_format == "fp32" and dtype != torch.float64
+            # zeros, not empty: a place without an entry has softmax weight 0, and 0 × NaN would be NaN
+            return torch.zeros(num_rows, capacity, *shape, dtype=torch.float32 if wide else dtype, device=device)
+
+        return cls(
+            slot,
+            {part.name: allocate(part.format, part.shape) for part in slot.parts},
+            torch.full((num_rows, capacity), NOTHING, dtype=torch.int64, device=device),
+            torch.zeros(num_rows, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the stored parts, as allocated."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def entries(self) -> Entries:
+        return Entries(dict(self.parts), self.position, self.position.clamp(max=0))
+
+    def append(self, new: Entries) -> Entries:
+        """Write the valid ones of `new` ([B, T']); returns everything that the tokens in hand may read."""
+        valid = new.document != NOTHING
+        if self.slot.reach is None:
+            place = self.count[:, None] + valid.cumsum(1) - 1
+            self._write(new, valid, place)
+            self.count += valid.sum(1)
+            return self.entries()
+        # a chunk may overwrite in the ring what its own first tokens still read: they read the old ring and the chunk
+        old = self.entries()
+        readable = Entries({k: v.clone() for k, v in old.parts.items()}, old.position.clone(), old.document.clone())
+        capacity = self.position.shape[1]
+        newest = torch.where(valid, new.position, NOTHING).amax(1, keepdim=True)
+        kept = valid & (new.position > newest - capacity * self.slot.stride)
+        self._write(new, kept, new.position // self.slot.stride % capacity)
+        return readable.concatenate(Entries(new.parts, new.position, torch.where(valid, 0, NOTHING)))
+
+    def _write(self, new: Entries, which: Tensor, place: Tensor) -> None:
+        row, index = which.nonzero(as_tuple=True)
+        target = place[row, index]
+        for name, part in self.parts.items():
+            part[row, target] = new.parts[name][row, index].to(part.dtype)
+        self.position[row, target] = new.position[row, index]
+
+
+class Cache:
+    """What a batch of sequences has left behind, layer by layer."""
+
+    def __init__(
+        self, model: Model, num_rows: int, tokens: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        """Room for `tokens` tokens a row. dtype of the stored numbers: the model's compute dtype unless given."""
+        self.tokens = tokens
+        self.length = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        dtype = dtype or model.compute_dtype
+        self.stores = {
+            (layer, slot.name): Store.empty(slot, num_rows, tokens, dtype, torch.device(device))
+            for layer, attention in enumerate(model.attentions())
+            if attention.writes
+            for slot in attention.slots()
+        }
+
+    def extend(self, num_new: Tensor, width: int) -> Cached:
+        """The sequence of the next tokens: num_new[b] ≤ width of them in row b, left-aligned in [B, width].
+
+        Raises ValueError when a row would outgrow the cache.
+        """
+        if int((self.length + num_new).max()) > self.tokens:
+            raise ValueError(f"the cache holds {self.tokens} tokens a row, and more were given; allocate a larger one")
+        offset = torch.arange(width, device=self.length.device).expand(len(self.length), width)
+        document = torch.where(offset < num_new[:, None], 0, NOTHING)
+        cached = Cached(self, self.length[:, None] + offset, document, num_new)
+        self.length = self.length + num_new
+        return cached
+
+    def num_bytes(self) -> dict[str, int]:
+        """Allocated bytes: `entries` grow with the tokens, `windows` are bounded by a reach, `tails` by a rate."""
+        total = {"entries": 0, "windows": 0, "tails": 0}
+        for store in self.stores.values():
+            bounded = "entries" if store.slot.reach is None else "windows"
+            total["tails" if store.slot.kind == "tail" else bounded] += store.num_bytes
+        return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything in it, to be saved, restored and appended to."""
+        state = {"length": self.length}
+        for name, store in self._named_stores():
+            state |= {f"{name}.{part}": value for part, value in store.parts.items()}
+            state |= {f"{name}.@position": store.position, f"{name}.@count": store.count}
+        return {key: value.clone() for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.length = state["length"].clone()
+        for name, store in self._named_stores():
+            for part, value in store.parts.items():
+                value.copy_(state[f"{name}.{part}"])
+            store.position.copy_(state[f"{name}.@position"])
+            store.count.copy_(state[f"{name}.@count"])
+
+    def _named_stores(self) -> Iterator[tuple[str, Store]]:
+        for (layer, slot), store in self.stores.items():
+            yield f"{layer}.{slot}", store
+
+
+class Cached:
+    """The tokens in hand, after those that the cache already knows."""
+
+    single_document = False
+
+    def __init__(self, cache: Cache, position: Tensor, document: Tensor, num_new: Tensor, layer: int = 0) -> None:
+        self.cache, self.position, self.document, self.num_new, self.layer = cache, position, document, num_new, layer
+        self.counts = local_counts(position)
+
+    def at(self, layer: int) -> Sequence:
+        return Cached(self.cache, self.position, self.document, self.num_new, layer)
+
+    def before(self, slot: Slot, rows: Tensor) -> tuple[Tensor, Tensor]:
+        store = self.cache.stores[self.layer, slot.name]
+        (name,) = store.parts
+        tail = store.parts[name]
+        past, present = tail.clone(), store.position != NOTHING
+        extended = torch.cat((past, rows), 1)
+        position = torch.cat((store.position, self.position), 1)
+        newest = self.num_new[:, None] + torch.arange(slot.rows, device=rows.device)
+        store.parts[name] = extended.gather(1, newest.view(*newest.shape, *[1] * (rows.dim() - 2)).expand_as(tail))
+        store.position = position.gather(1, newest)
+        return past, present
+
+    def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
+        return {name: [self.cache.stores[self.layer, name].append(entries)] for name, entries in state.items()}
+
+    def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
+        return value.detach()

@@ -1,0 +1,87 @@
+"""A model as data: its sizes and its layer plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf import schema
+from models import mechanism
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One depth: which scheme, which feed-forward, and whose state the attention reads.
+
+    reads: null for its own state; -n for the layer n before; n ≥ 0 for layer n. A layer that reads another's has no
+    parameters for a state of its own (cross-layer attention, arXiv 2405.12981).
+    """
+
+    attention: Mapping[str, Any]
+    feedforward: Mapping[str, Any]
+    reads: int | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that repeat, in order."""
+
+    of: list[LayerPlan]
+    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1 or not self.of:
+            raise ValueError("repeat must be at least 1, and `of` must hold at least one layer")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """vocab: rows of the embedding. tied: the head is the embedding. std: of the initial matrices."""
+
+    vocab: int
+    width: int
+    layers: list[Stack]
+    residual: Mapping[str, Any] = field(default_factory=lambda: {"scheme": "plain"})
+    norm_eps: float = 1e-6
+    tied: bool = False
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.vocab < 2 or self.width < 1 or not self.layers:
+            raise ValueError("vocab must be at least 2, width at least 1, and layers must not be empty")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer plan, resolved: the mechanisms' own configs, and the writer's index (its own where it reads itself)."""
+
+    attention: Any
+    feedforward: Any
+    writer: int
+
+
+def resolve(config: ModelConfig) -> list[Layer]:
+    """The plan, layer by layer. Raises schema.Refused where a layer cannot be."""
+    layers: list[Layer] = []
+    for s, stack in enumerate(config.layers):
+        for _ in range(stack.repeat):
+            for p, plan in enumerate(stack.of):
+                layers.append(_resolve_layer(plan, layers, f"model.layers[{s}].of[{p}]"))
+    return layers
+
+
+def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:
+    index = len(before)
+    attention = mechanism.config_of("attention", plan.attention, f"{where}.attention")
+    feedforward = mechanism.config_of("feedforward", plan.feedforward, f"{where}.feedforward")
+    if plan.reads is None:
+        return Layer(attention, feedforward, index)
+    writer = plan.reads if plan.reads >= 0 else index + plan.reads
+    if not 0 <= writer < index:
+        raise schema.Refused(f"{where}.reads is {plan.reads}, but layer {index} can only read a layer before it.")
+    if before[writer].writer != writer:
+        raise schema.Refused(f"{where}.reads names layer {writer}, which writes no state; name layer {before[writer].writer}.")
+    if type(before[writer].attention) is not type(attention):
+        raise schema.Refused(f"{where}.reads names layer {writer}, whose attention scheme is another; a state fits its own scheme.")
+    return Layer(attention, feedforward, writer)

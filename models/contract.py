@@ -1,0 +1,259 @@
+"""The one contract: a compression scheme says what a token leaves behind, and how that is read.
+
+    compress(x, sequence) -> query, state    the query is used now; the state is what is kept, shared, cached or sent
+    attend(query, pieces, sequence) -> y     pieces: the state as `sequence.collect` returned it
+    slots() -> (Slot, ...)                   what the state is made of; the cache, the cost model, context parallelism and
+                                             serving read nothing else
+    flops(queries, context, pairs)           what it costs
+
+One rule of visibility holds for every entry: it is valid, of the query's document, the last token it covers is not after
+the query, and lies less than `reach` tokens back. Everything that looks along the sequence asks the `Sequence`, so that
+training on whole rows, on shards of rows, and decoding from a cache are one code path.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from models.parameter import Module
+
+NOTHING = -1
+"""The document of an entry that is not there, and of a token that is padding."""
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
+"""Bytes of one stored number by format; scales are parts of their own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an entry: its logical dims with their sizes, and the format it is stored in."""
+
+    name: str
+    dims: tuple[tuple[str, int], ...]
+    format: str = "bf16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(size for _, size in self.dims)
+
+    @property
+    def numbers(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One kind of thing that tokens leave behind.
+
+    kind: an `entry` is read by queries; a `tail` holds the last rows that a compression still needs.
+    stride: tokens per entry. span: tokens that an entry covers. reach: how far back an entry is read (None: to the start).
+    rows: length of a tail in tokens.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    kind: Literal["entry", "tail"] = "entry"
+    stride: int = 1
+    span: int = 1
+    reach: int | None = None
+    rows: int = 0
+
+    def entries(self, tokens: int) -> int:
+        """How many entries (or tail rows) `tokens` tokens of one document leave in a cache."""
+        if self.kind == "tail":
+            return self.rows
+        complete = tokens // self.stride
+        return complete if self.reach is None else min(complete, -(-self.reach // self.stride))
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a stretch of tokens left in one slot.
+
+    parts: by part name, each [B, T, *dims]. position: [B, T], in its document, of the last token an entry covers.
+    document: [B, T], NOTHING where there is no entry. aligned: entry j is token j of the tokens in hand.
+    """
+
+    parts: dict[str, Tensor]
+    position: Tensor
+    document: Tensor
+    aligned: bool = False
+
+    def concatenate(self, other: Entries) -> Entries:
+        """Both along T; no longer aligned."""
+        return Entries(
+            {name: torch.cat((part, other.parts[name]), 1) for name, part in self.parts.items()},
+            torch.cat((self.position, other.position), 1),
+            torch.cat((self.document, other.document), 1),
+        )
+
+
+State = dict[str, Entries]
+"""By slot name."""
+
+Pieces = dict[str, list[Entries]]
+"""By slot name: one piece, or several whose softmaxes are merged by their log-sum-exp."""
+
+
+class Sequence(Protocol):
+    """Where the tokens in hand stand, and how to reach what other tokens left.
+
+    position, document: [B, S]. single_document: each row is one document from its start, known without a device sync.
+    counts: global counts known before the forward ("tokens", "sequences"), each a scalar tensor; losses divide by them.
+    """
+
+    position: Tensor
+    document: Tensor
+    single_document: bool
+    counts: dict[str, Tensor]
+
+    def at(self, layer: int) -> Sequence:
+        """The same sequence seen from layer `layer`, whose state it stores."""
+        ...
+
+    def before(self, slot: Slot, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The last `slot.rows` rows before the tokens in hand, whose own rows [B, S, ...] are given.
+
+        Returns [B, slot.rows, ...] and `present` [B, slot.rows]: False where there was nothing before (the start of the
+        sequence, or of the document of the first token in hand).
+        """
+        ...
+
+    def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
+        """All entries that the tokens in hand may read: their own and those of other tokens."""
+        ...
+
+    def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
+        """Sum over whatever shards `axis`; carries no gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which entries each query may read: the rule of the contract, evaluated where it is needed, tile by tile."""
+
+    query_position: Tensor
+    query_document: Tensor
+    position: Tensor
+    document: Tensor
+    reach: int | None = None
+    aligned: bool = False
+    single_document: bool = False
+
+    @classmethod
+    def of(cls, entries: Entries, sequence: Sequence, reach: int | None = None) -> Visibility:
+        return cls(
+            sequence.position,
+            sequence.document,
+            entries.position,
+            entries.document,
+            reach,
+            entries.aligned,
+            sequence.single_document,
+        )
+
+    def queries(self, start: int, stop: int) -> Visibility:
+        """The same rule for queries start..stop only."""
+        return replace(
+            self, query_position=self.query_position[:, start:stop], query_document=self.query_document[:, start:stop]
+        )
+
+    def entries(self, start: int, stop: int) -> Visibility:
+        """The same rule for entries start..stop only."""
+        return replace(self, position=self.position[:, start:stop], document=self.document[:, start:stop])
+
+    def mask(self) -> Tensor:
+        """[B, S, T], True where visible."""
+        distance = self.query_position[:, :, None] - self.position[:, None, :]
+        same = self.query_document[:, :, None] == self.document[:, None, :]
+        visible = same & (self.document[:, None, :] != NOTHING) & (distance >= 0)
+        return visible if self.reach is None else visible & (distance < self.reach)
+
+
+PairCount = Callable[[Slot, int, int], float]
+"""(slot, queries, context) -> number of (query, entry) pairs that are scored."""
+
+
+def visible_pairs(slot: Slot, queries: int, context: int) -> float:
+    """Pairs that the rule of visibility lets through: the last `queries` tokens of one document of `context` tokens."""
+    return float(_visible_before(slot, context) - _visible_before(slot, context - queries))
+
+
+def all_pairs(slot: Slot, queries: int, context: int) -> float:
+    """Every query with every entry, as a plain implementation that masks afterwards computes them."""
+    return float(queries * (context // slot.stride))
+
+
+def _visible_before(slot: Slot, tokens: int) -> int:
+    """Sum over t < tokens of the entries that query t reads: min(⌊(t + 1) / stride⌋, reach / stride)."""
+    if slot.reach is None or tokens <= slot.reach:
+        blocks, rest = divmod(tokens, slot.stride)
+        return slot.stride * blocks * (blocks - 1) // 2 + blocks * (rest + 1)
+    return _visible_before(slot, slot.reach) + (tokens - slot.reach) * (slot.reach // slot.stride)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, a multiply-add counted as two."""
+
+    projections: float = 0.0
+    scores: float = 0.0
+    selection: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.projections + self.scores + self.selection
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.projections + other.projections, self.scores + other.scores, self.selection + other.selection
+        )
+
+
+class Attention(Module):
+    """A compression scheme at one depth of a model.
+
+    A scheme built with `writes=False` has no parameters for its state: it reads the state of another layer.
+    """
+
+    writes: bool
+
+    @abstractmethod
+    def compress(self, x: Tensor, sequence: Sequence) -> tuple[Any, State]:
+        """x: [B, S, D], normalised. Returns the query, which `attend` alone reads, and the state ({} for a reader)."""
+
+    @abstractmethod
+    def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Tensor:
+        """Read the pieces. Returns [B, S, D]."""
+
+    @abstractmethod
+    def slots(self) -> tuple[Slot, ...]:
+        """What its state is made of, whether it writes it itself or reads another layer's."""
+
+    @abstractmethod
+    def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
+        """Cost of `queries` new tokens, the last of a document of `context` tokens, with as few passes as needed."""
+
+
+def at_tokens(sequence: Sequence, parts: dict[str, Tensor]) -> Entries:
+    """One entry a token in hand; each part [B, S, *dims]."""
+    return Entries(parts, sequence.position, sequence.document, aligned=True)
+
+
+def _flatten(entries: Entries) -> tuple[list[Any], Any]:
+    return [entries.parts, entries.position, entries.document], entries.aligned
+
+
+def _unflatten(leaves: Any, aligned: Any) -> Entries:
+    return Entries(*leaves, aligned)
+
+
+# Wrappers that hook a module's inputs and outputs (FSDP2, recompute, pipeline stages) see tensors only through pytrees.
+pytree.register_pytree_node(Entries, _flatten, _unflatten, serialized_type_name="keyhole.Entries")

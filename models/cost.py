@@ -1,0 +1,78 @@
+"""What a model costs, from what its mechanisms declare: parameters, cache bytes, bytes read, floating-point operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from models.config import ModelConfig
+from models.contract import BYTES, Flops, PairCount, Slot, visible_pairs
+from models.model import Model
+from models.parameter import named_specs
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """total: all. active: touched by one token, the head included, the embedding's lookup not."""
+
+    total: int
+    active: int
+
+
+def meta(config: ModelConfig) -> Model:
+    """The model without memory."""
+    with torch.device("meta"):
+        return Model(config)
+
+
+def parameters(model: Model) -> Parameters:
+    """Counted on the model as it is built; routed experts count as active by top_k of E."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for name, parameter, spec in named_specs(model):
+        if spec.role == "embedding" and not model.config.tied:
+            idle += parameter.numel()
+        if spec.role in ("expert", "expert_output"):
+            moe = model.get_submodule(name.rpartition(".experts.")[0])
+            idle += parameter.numel() - parameter.numel() * moe.config.top_k // moe.config.experts  # type: ignore[union-attr]
+    return Parameters(total, total - idle)
+
+
+def slot_bytes(slot: Slot) -> float:
+    """Stored bytes of one entry, or of one row of a tail."""
+    return sum(part.numbers * BYTES[part.format] for part in slot.parts)
+
+
+def written_slots(model: Model) -> list[Slot]:
+    """The slots of every layer that writes a state of its own."""
+    return [slot for attention in model.attentions() if attention.writes for slot in attention.slots()]
+
+
+def kv_bytes_per_token(model: Model) -> float:
+    """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not grow."""
+    return sum(slot_bytes(s) / s.stride for s in written_slots(model) if s.kind == "entry" and s.reach is None)
+
+
+def kv_bytes(model: Model, context: int) -> dict[str, float]:
+    """Cache bytes of one sequence of `context` tokens: `entries`, `windows` and `tails` apart, and their `total`."""
+    total = {"entries": 0.0, "windows": 0.0, "tails": 0.0}
+    for slot in written_slots(model):
+        kind = "tails" if slot.kind == "tail" else "entries" if slot.reach is None else "windows"
+        total[kind] += slot.entries(context) * slot_bytes(slot)
+    return total | {"total": sum(total.values())}
+
+
+def read_bytes_per_step(model: Model, context: int) -> float:
+    """Cache bytes that one decode step reads: every reader its state, also a shared one."""
+    slots = [slot for attention in model.attentions() for slot in attention.slots() if slot.kind == "entry"]
+    return sum(visible_pairs(slot, 1, context) * slot_bytes(slot) for slot in slots)
+
+
+def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
+    """Forward operations of the last `queries` tokens of one document of `context` tokens, the head included."""
+    total = Flops(projections=queries * 2.0 * model.config.width * model.config.vocab)
+    for block in model.blocks:
+        total += block.attention.attention.flops(queries, context, pairs)  # type: ignore[union-attr,operator]
+        total += Flops(projections=queries * block.feedforward.feedforward.flops())  # type: ignore[union-attr,operator]
+    return total

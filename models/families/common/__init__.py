@@ -1,0 +1,1 @@
+"""What the families share: reading a config.json strictly, tables of names, rotary parameters, finding a family."""

@@ -1,0 +1,79 @@
+"""Layer plans: from a family's depths to stacks, and the proof that a family can say what a model is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from conf import schema
+from conf.schema import Refused
+from models import mechanism
+from models.config import Layer, ModelConfig, resolve
+
+TRAINING = frozenset({"balance_loss", "z_loss", "bias_rate"})
+"""Keys of a mixture of experts that change no logit, and that no config.json holds."""
+
+
+def config(layers: list[dict[str, Any]], **values: Any) -> ModelConfig:
+    """A ModelConfig of these depths, equal neighbours as one stack."""
+    stacks = [{"repeat": len(list(same)), "of": [layer]} for layer, same in itertools.groupby(layers)]
+    return schema.build(ModelConfig, {"layers": stacks, **values}, "model")
+
+
+def layers(model: ModelConfig, schemes: Mapping[str, Collection[str]]) -> list[Layer]:
+    """The depths of `model`, known to use `schemes` alone ("attention", "feedforward"). Raises Refused."""
+    plans = [plan for stack in model.layers for _ in range(stack.repeat) for plan in stack.of]
+    for depth, plan in enumerate(plans):
+        for folder, known in schemes.items():
+            scheme = getattr(plan, folder).get("scheme")
+            if scheme not in known:
+                raise Refused(f"layer {depth}'s {folder} is {scheme}, not {' or '.join(known)}")
+        if plan.reads is not None:
+            raise Refused(f"layer {depth} reads another layer's state")
+    return resolve(model)
+
+
+def routed(depths: list[Layer]) -> list[bool]:
+    """Which depths have experts."""
+    return [hasattr(layer.feedforward, "experts") for layer in depths]
+
+
+def verified(
+    model: ModelConfig, published: dict[str, Any], config_from: Callable[[Mapping[str, Any]], ModelConfig]
+) -> dict[str, Any]:
+    """`published`, if reading it back gives `model`. Raises Refused with the first thing that would be lost."""
+    back = config_from(published)
+    mine, other = _comparable(model), _comparable(back)
+    difference = _difference(mine, other, "")
+    if difference:
+        raise Refused(difference)
+    return published
+
+
+def _comparable(model: ModelConfig) -> dict[str, Any]:
+    plain = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "layers"}
+    residual = mechanism.config_of("residual", model.residual, "model.residual")
+    return {**plain, "residual": residual, "layer": dict(enumerate(resolve(model)))}
+
+
+def _difference(mine: Any, other: Any, path: str) -> str:
+    """Where the two differ first, in words; empty where they do not."""
+    if type(mine) is not type(other):
+        return f"{path} is {_short(mine)}, not {_short(other)}"
+    if dataclasses.is_dataclass(mine):
+        names = [field.name for field in dataclasses.fields(mine) if field.name not in TRAINING]
+        pairs = [(f"{path}.{name}", getattr(mine, name), getattr(other, name)) for name in names]
+    elif isinstance(mine, dict):
+        pairs = [(f"{path}.{key}".strip("."), mine[key], other.get(key)) for key in mine]
+    elif isinstance(mine, float):
+        return "" if math.isclose(mine, other, rel_tol=1e-9) else f"{path} is {mine}, not {other}"
+    else:
+        return "" if mine == other else f"{path} is {_short(mine)}, not {_short(other)}"
+    return next((found for where, a, b in pairs if (found := _difference(a, b, where))), "")
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if dataclasses.is_dataclass(value) else str(value)

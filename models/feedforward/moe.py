@@ -1,0 +1,90 @@
+"""Mixture of experts, dropless (arXiv 2211.15841), with always-on shared experts (DeepSeekMoE, arXiv 2401.06066)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.contract import Sequence
+from models.feedforward.dense import Dense
+from models.moe import balance, dispatch, router
+from models.moe.experts import Experts
+from models.parameter import Module
+from models.stream import Report
+
+
+@dataclass(frozen=True)
+class Config:
+    """hidden: width of one expert. shared_hidden: width of the shared experts together, 0 for none.
+
+    balance_loss, z_loss: coefficients of the losses in models.moe.balance. bias_rate: γ of the selection bias's update.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    shared_hidden: int = 0
+    router: router.Config = field(default_factory=router.Config)
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+    bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k ({self.top_k}) must lie between 1 and experts ({self.experts})")
+        groups, kept = self.router.groups, self.router.kept_groups
+        if groups < 1 or self.experts % groups:
+            raise ValueError(f"experts ({self.experts}) must be a multiple of router.groups ({groups})")
+        if not 1 <= kept <= groups:
+            raise ValueError(f"router.kept_groups ({kept}) must lie between 1 and router.groups ({groups})")
+        if self.top_k > self.experts // groups * kept:
+            raise ValueError(f"top_k ({self.top_k}) exceeds the {self.experts // groups * kept} experts of the kept groups")
+
+    def build(self, width: int) -> MoE:
+        return MoE(self, width)
+
+
+class MoE(Module):
+    """Router, experts, shared experts."""
+
+    def __init__(self, config: Config, width: int) -> None:
+        super().__init__()
+        c = self.config = config
+        self.router = router.Router(c.router, width, c.experts, c.top_k)
+        self.experts = Experts(width, c.hidden, c.experts)
+        self.shared = Dense(width, c.shared_hidden) if c.shared_hidden else None
+
+    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None, Report]:
+        """x: [B, S, D]. Returns y, the auxiliary losses (each ÷ its global count), and the load [E]."""
+        c, (batch, length, _) = self.config, x.shape
+        flat = x.flatten(0, 1)
+        routing = self.router(flat)
+        order = dispatch.by_expert(routing.experts, c.experts)
+        y = dispatch.gather(self.experts(dispatch.spread(flat, order), order.load), routing.weights, order)
+        y = y.view_as(x)
+        if self.shared is not None:
+            y = y + self.shared.swiglu(x)
+        extra = None
+        if c.balance_loss:
+            affinity = routing.affinity.view(batch, length, -1)
+            loss = balance.sequence_balance(affinity, routing.experts.view(batch, length, -1), sequence)
+            extra = c.balance_loss * loss / sequence.counts["sequences"]
+        if c.z_loss:
+            loss = balance.router_z(routing.logits.view(batch, length, -1), sequence)
+            z = c.z_loss * loss / sequence.counts["tokens"]
+            extra = z if extra is None else extra + z
+        return y, extra, {"load": order.load}
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor) -> None:
+        """One step of the selection bias, if there is one; load: [E], of the whole global batch."""
+        bias = self.router.bias
+        if bias is not None:
+            bias.copy_(balance.bias_step(bias, load, self.config.bias_rate))
+
+    def flops(self) -> float:
+        """Per token."""
+        shared = 0.0 if self.shared is None else self.shared.flops()
+        return self.router.flops() + self.config.top_k * self.experts.flops() + shared

@@ -1,0 +1,87 @@
+"""Cross-entropy over chunks of tokens, forward and backward, without logits of all tokens at once.
+
+The gradient of the logits is known as soon as they are, so each chunk's part of both gradients is made in the forward and
+its logits are dropped (Liger, arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.linear import full_precision
+
+IGNORE = -100
+"""The target of a token that is not scored."""
+
+CHUNK_NUMBERS = 2**25
+"""Logits held at once: 128 MiB in fp32."""
+
+
+def chunk_length(num_tokens: int, vocab: int) -> int:
+    """Tokens of a chunk."""
+    return max(1, min(num_tokens, CHUNK_NUMBERS // vocab))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        compute = weight.to(hidden.dtype)
+        wide = full_precision(hidden.dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        step = chunk_length(hidden.shape[0], weight.shape[0])
+        for start in range(0, hidden.shape[0], step):
+            rows, target = hidden[start : start + step], targets[start : start + step]
+            logits = F.linear(rows, compute).to(wide)
+            scored = target != IGNORE
+            index = target.clamp_min(0)[:, None]
+            lse = torch.logsumexp(logits, -1, keepdim=True)
+            total += ((lse - logits.gather(1, index)).squeeze(1) * scored).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = (torch.exp(logits - lse).scatter_add_(1, index, torch.full_like(lse, -1.0)) * scored[:, None])
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + step] = grad @ compute
+            if grad_weight is not None:
+                grad_weight += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies in nats of the scored tokens, one fp32 scalar.
+
+    hidden: [N, D]; weight: [V, D]; targets: [N], IGNORE where not scored.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)
+    return loss
+
+
+@torch.no_grad()
+def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per token: its cross-entropy in nats (0 where not scored), and whether the target has the highest logit. Both [N]."""
+    losses, hits = [], []
+    step = chunk_length(hidden.shape[0], weight.shape[0])
+    for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
+        logits = F.linear(rows, weight.to(rows.dtype)).to(full_precision(rows.dtype))
+        losses.append(F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none"))
+        hits.append(logits.argmax(-1) == target)
+    return torch.cat(losses), torch.cat(hits)

@@ -1,0 +1,148 @@
+"""The whole model: embedding, blocks, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models import loss, mechanism
+from models.block import AttentionSublayer, Block, FeedForwardSublayer
+from models.config import Layer, ModelConfig, resolve
+from models.contract import Attention, Sequence
+from models.linear import Linear
+from models.norm import RMSNorm
+from models.parameter import Module, Parametrization, named_specs
+from models.stream import Report, Stream
+
+
+class Losses(NamedTuple):
+    """cross_entropy: sum over the scored tokens in hand, nats. extra: auxiliary losses, each ÷ its global count already.
+
+    The objective is cross_entropy ÷ global tokens + extra. reports: by layer.
+    """
+
+    cross_entropy: Tensor
+    extra: Tensor
+    reports: list[Report]
+
+
+class Scores(NamedTuple):
+    """Per token, [B, S]: cross-entropy in nats (0 where not scored), and whether the target has the highest logit."""
+
+    cross_entropy: Tensor
+    hit: Tensor
+
+
+class Embedding(Module):
+    """Rows by token id."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.declare("weight", (vocab, width), ("vocab", "width"), "embedding")
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+class Model(nn.Module):
+    """Built on the current default device, uninitialised; `initialise` fills it.
+
+    compute_dtype: of activations and matrix products. Parameters keep their own dtype, and those declared fp32 are
+    computed in it whatever this says. `recompute`, an attribute: keep each block's input only and run its forward again
+    in the backward (arXiv 1604.06174).
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype or torch.get_default_dtype()
+        self.recompute = False
+        layers = resolve(config)
+        residual = mechanism.config_of("residual", config.residual, "model.residual")
+        self.embedding = Embedding(config.vocab, config.width)
+        self.residual = residual.build(config.width)
+        self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied else Linear(config.width, config.vocab, ("vocab", "width"), "head")
+        _mark_sharing(self.attention_sublayers())
+
+    def attention_sublayers(self) -> list[AttentionSublayer]:
+        """In order of depth."""
+        return [module for module in self.modules() if isinstance(module, AttentionSublayer)]
+
+    def attentions(self) -> list[Attention]:
+        """The schemes, in order of depth."""
+        return [sublayer.attention for sublayer in self.attention_sublayers()]
+
+    def parametrization(self) -> Parametrization:
+        return Parametrization(std=self.config.std, num_layers=len(self.blocks))
+
+    @torch.no_grad()
+    def initialise(self, seed: int, write: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
+        """Fill every parameter by its role, from one generator in the order of their names, and zero the buffers.
+
+        Drawn whole, in float32 on the CPU, so that a model is the same on every device and in every layout; `write`
+        copies the drawn values into the parameter, or into this rank's part of it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rules = self.parametrization()
+        for _, parameter, spec in named_specs(self):
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            rules.initialise(drawn, spec, generator)
+            write(parameter, drawn)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forward(
+        self, ids: Tensor, sequence: Sequence, targets: Tensor | None = None, *, score: bool = False
+    ) -> Tensor | Losses | Scores:
+        """ids: [B, S]. Without targets: logits [B, S, V] in fp32. With targets [B, S]: Losses, or Scores if `score`."""
+        stream = Stream.start(self.residual.enter(self.embedding(ids, self.compute_dtype)))
+        reports = []
+        for layer, block in enumerate(self.blocks):
+            here = sequence.at(layer)
+            if self.recompute and torch.is_grad_enabled():
+                stream, report = checkpoint(block, stream, here, use_reentrant=False, preserve_rng_state=False)
+            else:
+                stream, report = block(stream, here)
+            reports.append(report)
+        hidden = self.norm(self.residual.leave(stream.residual))
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if targets is None:
+            logits = F.linear(hidden, weight.to(hidden.dtype))
+            return logits.float() if logits.dtype != torch.float64 else logits
+        flat = hidden.flatten(0, 1), weight, targets.flatten()
+        if score:
+            return Scores(*(value.view_as(targets) for value in loss.score(*flat)))
+        return Losses(loss.cross_entropy(*flat), stream.extra, reports)
+
+    def update_router_biases(self, loads: list[Tensor | None]) -> None:
+        """One step of the selection bias of each layer that has one; loads: by layer, [E], summed over the global batch."""
+        for block, load in zip(self.blocks, loads, strict=True):
+            if load is not None:
+                block.feedforward.feedforward.update_bias(load)
+
+
+def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Block:
+    attention = layer.attention.build(config.width, writes=layer.writer == index)
+    return Block(
+        lambda: residual.build(config.width),
+        AttentionSublayer(attention, config.width, config.norm_eps, index, layer.writer),
+        FeedForwardSublayer(layer.feedforward.build(config.width), config.width, config.norm_eps),
+    )
+
+
+def _mark_sharing(sublayers: list[AttentionSublayer]) -> None:
+    """Writers learn that they are read later; of each writer's readers, the last one drops the state."""
+    last_reader: dict[int, int] = {}
+    for sublayer in sublayers:
+        if sublayer.writer != sublayer.layer:
+            last_reader[sublayer.writer] = sublayer.layer
+    for sublayer in sublayers:
+        sublayer.read_later = sublayer.layer in last_reader
+        sublayer.last_reader = last_reader.get(sublayer.writer) == sublayer.layer

@@ -1,0 +1,1 @@
+"""What a mixture of experts is made of: routing, experts, balance."""

@@ -1,0 +1,51 @@
+"""The experts' matrices over tokens sorted by expert: one grouped GEMM, and the obvious loop that it must equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.parameter import Module
+
+
+class Experts(Module):
+    """E SwiGLU experts (arXiv 2002.05202) of width `hidden`."""
+
+    def __init__(self, width: int, hidden: int, num_experts: int) -> None:
+        super().__init__()
+        self.width, self.hidden, self.num_experts = width, hidden, num_experts
+        gate_up = (num_experts, 2 * hidden, width)
+        self.declare("gate_up", gate_up, ("experts", "hidden", "width"), "expert", split=(hidden, hidden))
+        self.declare("down", (num_experts, width, hidden), ("experts", "width", "hidden"), "expert_output")
+
+    def forward(self, x: Tensor, load: Tensor) -> Tensor:
+        """x: [N, D], the first load[0] rows for expert 0, and so on; load: [E] integers. Returns [N, D]."""
+        gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
+        return (grouped if _has_grouped_gemm(x) else loop)(x, load, gate_up, down)
+
+    def flops(self) -> float:
+        """Per token and expert."""
+        return 6.0 * self.width * self.hidden
+
+
+def grouped(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Two grouped GEMMs, without telling the host how many tokens each expert has."""
+    ends = load.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+
+
+def loop(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Expert after expert; any precision, one host sync."""
+    outs = []
+    for rows, w_in, w_out in zip(x.split(load.tolist()), gate_up, down, strict=True):
+        gate, up = F.linear(rows, w_in).chunk(2, -1)
+        outs.append(F.linear(F.silu(gate) * up, w_out))
+    return torch.cat(outs)
+
+
+def _has_grouped_gemm(x: Tensor) -> bool:
+    """PyTorch's grouped GEMM: bfloat16 on CUDA; also float32 on CPU; never float64. Row strides of 16 bytes."""
+    aligned = x.shape[-1] * x.element_size() % 16 == 0
+    return aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda))

@@ -1,0 +1,82 @@
+"""Which experts a token goes to, and with which weights: softmax or sigmoid top-k, group-limited, bias-corrected.
+
+Switch and Mixtral (arXiv 2401.04088) take the softmax; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) the sigmoid, a bias
+that enters the selection only, and groups of experts of which the best few are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.linear import Linear, full_precision
+from models.parameter import Module
+
+
+@dataclass(frozen=True)
+class Config:
+    """normalise: weights of the chosen experts sum to one before `scaling`. bias: a selection-only bias that whoever
+    trains updates from the load. groups, kept_groups: experts are chosen within the best `kept_groups` of `groups` groups, a
+    group's score being the sum of its two best experts'."""
+
+    affinity: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    scaling: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+
+
+class Routing(NamedTuple):
+    """experts, weights: [N, k]. affinity: [N, E] before selection. logits: [N, E]."""
+
+    experts: Tensor
+    weights: Tensor
+    affinity: Tensor
+    logits: Tensor
+
+
+class Router(Module):
+    """Computed in fp32 throughout. Ties go to the expert with the lowest index."""
+
+    def __init__(self, config: Config, width: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.config, self.num_experts, self.top_k = config, num_experts, top_k
+        self.logits = Linear(width, num_experts, ("experts", "width"), "router", fp32=True)
+        self.bias: Tensor | None
+        # a buffer: it takes no gradient, but it is part of the model and of its checkpoints
+        self.register_buffer("bias", torch.zeros(num_experts) if config.bias else None)
+
+    def forward(self, x: Tensor) -> Routing:
+        """x: [N, D]."""
+        logits = self.logits(x)
+        affinity = logits.softmax(-1) if self.config.affinity == "softmax" else logits.sigmoid()
+        experts = self._select(affinity.detach())
+        weights = affinity.gather(1, experts)
+        if self.config.normalise:
+            # the epsilon of DeepSeek's code; it vanishes beside a softmax
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts, weights * self.config.scaling, affinity, logits)
+
+    def _select(self, affinity: Tensor) -> Tensor:
+        score = affinity if self.bias is None else affinity + self.bias.to(affinity.dtype)
+        if self.config.groups > 1:
+            grouped = score.unflatten(1, (self.config.groups, -1))
+            group_score = _top(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+            kept = _top(group_score, self.config.kept_groups)[1]
+            mask = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, kept, True)
+            score = grouped.masked_fill(~mask[..., None], float("-inf")).flatten(1)
+        return _top(score, self.top_k)[1]
+
+    def flops(self) -> float:
+        """Per token."""
+        return self.logits.flops()
+
+
+def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dim, ties to the lowest index (topk promises no order among equals)."""
+    values, index = score.to(full_precision(score.dtype)).sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], index[..., :k]

@@ -1,0 +1,58 @@
+"""Whole rows in one process: the sequence of plain training and evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.contract import Pieces, Sequence, Slot, State
+
+
+class Whole:
+    """Every row is here from its start; nothing lies before the tokens in hand, nothing is elsewhere."""
+
+    def __init__(
+        self,
+        position: Tensor,
+        document: Tensor,
+        *,
+        single_document: bool = False,
+        counts: dict[str, Tensor] | None = None,
+    ) -> None:
+        """position, document: [B, S] integers. counts default to those of these rows alone."""
+        self.position = position
+        self.document = document
+        self.single_document = single_document
+        self.counts = counts or local_counts(position)
+
+    @classmethod
+    def rows(cls, num_rows: int, length: int, device: torch.device | str = "cpu") -> Whole:
+        """`num_rows` rows of one document of `length` tokens each."""
+        position = torch.arange(length, device=device).expand(num_rows, length)
+        return cls(position, torch.zeros_like(position), single_document=True)
+
+    def at(self, layer: int) -> Sequence:
+        return self
+
+    def before(self, slot: Slot, rows: Tensor) -> tuple[Tensor, Tensor]:
+        batch = rows.shape[0]
+        past = rows.new_zeros(batch, slot.rows, *rows.shape[2:])
+        return past, torch.zeros(batch, slot.rows, dtype=torch.bool, device=rows.device)
+
+    def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
+        return {name: [entries] for name, entries in state.items()}
+
+    def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
+        return value.detach()
+
+
+def local_counts(position: Tensor) -> dict[str, Tensor]:
+    """Counts of the rows [B, S] in hand, as if they were all there is."""
+    batch, length = position.shape
+
+    def scalar(value: int) -> Tensor:
+        return torch.tensor(float(value), device=position.device)
+
+    return {"tokens": scalar(batch * length), "sequences": scalar(batch)}

@@ -1,0 +1,61 @@
+"""What every test runs under: one thread, one seed, and uninitialised memory that reads as NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read once, at import or at start-up, by the libraries and by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hypothesis
+import pytest
+
+from tests import skips
+from tests.ranks import runner
+from tests.settle import settle
+
+# The machines that run this are shared and slow: an example that takes long is no failure.
+hypothesis.settings.register_profile("keyhole", deadline=None)
+hypothesis.settings.load_profile("keyhole")
+
+
+@pytest.fixture(autouse=True)
+def settled() -> None:
+    """Every test starts from the same state, whatever the one before it did to its process."""
+    settle()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`ranks(world_size, function, *arguments, timeout=60)` runs a module-level function on that many gloo ranks.
+
+    Returns what each rank returned, in rank order. Arguments and results are pickled. Fails with the traceback of
+    every rank that raised, and with the stacks of those that hang past the timeout.
+    """
+    return runner(tmp_path)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="the whole suite runs: an expected skip that is absent fails")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or session.config.option.collectonly:  # a worker: its controller compares
+        return
+    session.config.stash[skips.FOUND] = found = skips.compare(reporter, whole=session.config.option.whole)
+    if found.wrong and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    found = terminalreporter.config.stash.get(skips.FOUND, None)
+    if found is not None:
+        found.print(terminalreporter)

@@ -1,0 +1,156 @@
+"""The table of schemes: one row for each variant that must have every property. A new scheme adds its row here.
+
+A row is a model small enough to be run hundreds of times; its sizes are all different, so that a dim taken for another one
+shows. Nothing but a row's plan says what scheme it is: tests read the rest from the slots that the model declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from conf import schema
+from models.config import ModelConfig
+from models.contract import NOTHING, Slot
+from models.model import Model
+from models.sequence import Whole
+
+VOCAB = 23
+
+Plan = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """layers: the plans of the layers, in order of depth. model: further keys of the model's configuration."""
+
+    layers: tuple[Plan, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self) -> ModelConfig:
+        values = {"vocab": VOCAB, "width": 16, "layers": [{"of": list(self.layers)}], **self.model}
+        return schema.build(ModelConfig, values, "row")
+
+    def model_in(self, parameters: torch.dtype, compute: torch.dtype | None = None) -> Model:
+        """The row's model, every parameter and router bias perturbed, computing in the parameters' dtype unless told."""
+        model = Model(self.config(), compute or parameters).to(parameters)
+        model.initialise(seed=1)
+        perturb(model)
+        return model
+
+    def slots(self) -> list[Slot]:
+        with torch.device("meta"):
+            return [slot for attention in Model(self.config()).attentions() for slot in attention.slots()]
+
+    def lengths(self) -> list[int]:
+        """1, m−1, m, m+1, 2m+1, W, W+1, 3W for each stride m and window W of the row; a few where it has neither."""
+        strides = {slot.stride for slot in self.slots() if slot.stride > 1}
+        windows = {slot.reach for slot in self.slots() if slot.reach is not None}
+        lengths = {1, 2, 9}
+        lengths |= {length for m in strides for length in (m - 1, m, m + 1, 2 * m + 1)}
+        lengths |= {length for w in windows for length in (w, w + 1, 3 * w)}
+        return sorted(lengths)
+
+
+@torch.no_grad()
+def perturb(model: Model) -> None:
+    """Move everything off its initial value, where zeros and ones hide mistakes."""
+    generator = torch.Generator().manual_seed(2)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.add_((0.25 * noise).to(tensor.dtype))
+
+
+def tokens(num_rows: int, length: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(VOCAB, (num_rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def packed(rows: list[list[int]]) -> Whole:
+    """Documents of these lengths, one after another in each row; the shorter rows are padded."""
+    length = max(sum(row) for row in rows)
+    position = torch.zeros(len(rows), length, dtype=torch.int64)
+    document = torch.full((len(rows), length), NOTHING)
+    for b, row in enumerate(rows):
+        start = 0
+        for index, size in enumerate(row):
+            position[b, start : start + size] = torch.arange(size)
+            document[b, start : start + size] = index
+            start += size
+    return Whole(position, document)
+
+
+DENSE: Plan = {"scheme": "dense", "hidden": 20}
+
+SOFTMAX: Plan = {
+    "scheme": "moe",
+    "experts": 5,
+    "top_k": 2,
+    "hidden": 12,
+    "balance_loss": 0.3,
+    "z_loss": 0.1,
+}
+
+SIGMOID: Plan = {
+    "scheme": "moe",
+    "experts": 6,
+    "top_k": 3,
+    "hidden": 12,
+    "shared_hidden": 7,
+    "router": {"affinity": "sigmoid", "bias": True, "groups": 3, "kept_groups": 2, "scaling": 2.5},
+    "balance_loss": 0.3,
+}
+
+UNNORMALISED: Plan = {**SOFTMAX, "router": {"normalise": False, "bias": True}, "z_loss": 0.0}
+
+
+def gqa(**changes: Any) -> Plan:
+    return {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 6, **changes}
+
+
+def mla(**changes: Any) -> Plan:
+    sizes = {"heads": 3, "latent": 10, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
+    return {"scheme": "mla", **sizes, **changes}
+
+
+def hca(**changes: Any) -> Plan:
+    sizes = {"heads": 4, "head_dim": 6, "rope_dim": 4, "query_latent": 7, "groups": 2, "group_rank": 5}
+    return {"scheme": "hca", **sizes, "window": 5, "rate": 4, **changes}
+
+
+def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None) -> Plan:
+    return {"attention": attention, "feedforward": feedforward, "reads": reads}
+
+
+YARN: Plan = {"base": 100.0, "pairing": "interleaved", "yarn": {"factor": 4.0, "original_length": 6}}
+
+TABLE: dict[str, Row] = {
+    "gqa": Row((layer(gqa()), layer(gqa()))),
+    "mha": Row((layer(gqa(kv_heads=4)),)),
+    "mqa": Row((layer(gqa(kv_heads=1, rope=None)),), {"tied": True}),
+    "gqa window": Row((layer(gqa(window=5)), layer(gqa(window=5)))),
+    "gqa window 1": Row((layer(gqa(window=1)), layer(gqa()))),
+    "gqa qk-norm bias": Row((layer(gqa(qk_norm=True, bias=True)),)),
+    "mla": Row((layer(mla()), layer(mla()))),
+    "mla query-latent": Row((layer(mla(query_latent=7, bias=True, scale_multiplier=1.3, rope=YARN)),)),
+    "mla wide latent": Row((layer(mla(latent=3, value_dim=8)),)),
+    "hca 4 window 5": Row((layer(hca()), layer(hca()))),
+    "hca 3 window 7": Row((layer(hca(rate=3, window=7, rope_dim=6)),)),
+    "hca 8 window 2": Row((layer(hca(rate=8, window=2, groups=1, rope=YARN)),)),
+    "hca 1 window 3": Row((layer(hca(rate=1, window=3, groups=4)),)),
+    "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa()), layer(gqa(), reads=0))),
+    "gqa window shared": Row((layer(gqa(window=5, qk_norm=True)), layer(gqa(window=5, qk_norm=True), reads=-1))),
+    "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
+    "hca shared": Row((layer(hca()), layer(hca(), reads=-1))),
+    "gqa moe softmax": Row((layer(gqa(), SOFTMAX), layer(gqa(window=4), UNNORMALISED))),
+    "mla moe sigmoid": Row((layer(mla()), layer(mla(), SIGMOID))),
+    "hca moe sigmoid": Row((layer(hca(), SIGMOID),)),
+    "mixed": Row(
+        (layer(hca(), SOFTMAX), layer(gqa(window=6)), layer(mla(), SIGMOID), layer(gqa(window=6), reads=1)), {"tied": True}
+    ),
+}
+
+ROWS = [pytest.param(row, id=name) for name, row in TABLE.items()]

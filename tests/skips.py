@@ -1,0 +1,75 @@
+"""Skips are counted by reason and compared with `skips.txt`: nothing stops being tested in silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+LIST = Path(__file__).with_suffix(".txt")
+MACHINES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run skipped, by reason, and one sentence for each difference from the list."""
+
+    seen: Counter[str]
+    wrong: list[str]
+
+    def print(self, reporter: pytest.TerminalReporter) -> None:
+        if self.seen:
+            reporter.section("skips by reason")
+            for reason, count in self.seen.most_common():
+                reporter.line(f"{count:5d}  {reason}")
+        if self.wrong:
+            reporter.section(f"skips differ from {LIST.name}", red=True)
+            for sentence in self.wrong:
+                reporter.line(sentence, red=True)
+
+
+FOUND = pytest.StashKey[Found]()
+
+
+def compare(reporter: pytest.TerminalReporter, *, whole: bool) -> Found:
+    """The skips that `reporter` has seen against those listed for this machine.
+
+    A `whole` run must also show every listed skip; a part of the suite need not.
+    """
+    machine = "cuda" if torch.cuda.is_available() else "cpu"
+    seen = Counter(reason(report) for outcome in ("skipped", "xfailed") for report in reporter.stats.get(outcome, ()))
+    return Found(seen, differences(seen, expected(LIST.read_text(), machine), machine, whole=whole))
+
+
+def differences(seen: Counter[str], listed: set[str], machine: str, *, whole: bool) -> list[str]:
+    """One sentence for each reason that is seen but not listed, or (in a whole run) listed but not seen."""
+    unlisted, absent = sorted(seen.keys() - listed), sorted(listed - seen.keys()) if whole else []
+    return [f"not listed for {machine}: {text}" for text in unlisted] + [
+        f"listed for {machine}, but nothing was skipped for it: {text}" for text in absent
+    ]
+
+
+def expected(text: str, machine: str) -> set[str]:
+    """The reasons that the list `text` gives for `machine`. Raises ValueError for a line it cannot read."""
+    reasons = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, colon, listed = line.partition(":")
+        if name.strip() not in MACHINES or not colon or not listed.strip():
+            machines = " or ".join(MACHINES)
+            raise ValueError(f"{LIST.name} line {number} is not 'machine: reason', where machine is {machines}: {line}")
+        if name.strip() == machine:
+            reasons.add(listed.strip())
+    return reasons
+
+
+def reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test or a whole file was skipped, or a test expected to fail."""
+    if hasattr(report, "wasxfail"):
+        return f"expected to fail: {report.wasxfail}"
+    assert isinstance(report.longrepr, tuple)  # (file, line, "Skipped: why")
+    return " ".join(report.longrepr[2].removeprefix("Skipped: ").split())

@@ -1,0 +1,165 @@
+"""Which data a run reads, and the sentence for what cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import conf
+from conf.schema import Refused, build
+from data import corpus
+from data.config import DataConfig
+from data.corpus import Config
+from tests.corpora import write_corpus
+
+GROUP = Path(conf.__path__[0], "data")
+
+
+def composed(name: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
+    (tmp_path / "root.yaml").write_text(f"defaults:\n  - data: {name}\n  - _self_\ntrain:\n  seed: 3\n")
+    search = f"hydra.searchpath=[file://{GROUP.parent}]"
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        whole = compose("root", [search, *overrides])
+    return OmegaConf.to_container(whole, resolve=True)["data"]  # type: ignore[index,call-overload,return-value]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in GROUP.glob("*.yaml")))
+def test_every_shipped_config_is_one(name: str, tmp_path: Path) -> None:
+    config = build(DataConfig, composed(name, tmp_path), "data")
+    assert config.seed == 3, "the run's seed draws the order"
+    assert config.validation is not None
+    assert {**config.validation, "split": "train"} == config.train, "the two differ in their split alone"
+    if config.train["source"] == "recall":
+        assert config.open_train().vocab == 129
+
+
+def test_an_override_of_the_training_path_moves_both(tmp_path: Path) -> None:
+    config = build(DataConfig, composed("stdlib", tmp_path, "data.train.path=elsewhere"), "data")
+    assert config.validation is not None
+    assert config.train["path"] == config.validation["path"] == "elsewhere"
+
+
+def test_the_null_is_recall_but_for_its_answers(tmp_path: Path) -> None:
+    recall, null = composed("recall", tmp_path), composed("recall_null", tmp_path)
+    assert {**recall["train"], "null_task": True} == null["train"]
+
+
+@pytest.mark.parametrize(
+    ("train", "sentence"),
+    [
+        pytest.param({}, "data.train.source is missing; choose one of corpus, recall", id="no-source"),
+        pytest.param({"source": "recal"}, "data.train.source is 'recal', .* choose one of corpus, recall", id="typo"),
+        pytest.param({"source": "loader"}, "'loader', which is no data source", id="module-that-is-no-source"),
+        pytest.param({"source": "../x"}, "which is no data source", id="path-as-source"),
+        pytest.param({"source": 3}, "which is no data source", id="number-as-source"),
+        pytest.param({"source": "recall", "num_pair": 3}, "did you mean 'num_pairs'", id="misspelt-key"),
+        pytest.param({"source": "recall", "num_pairs": "3"}, "num_pairs is '3'", id="text-for-a-number"),
+        pytest.param({"source": "recall", "num_pairs": 99}, "num_pairs ≤ num_keys", id="impossible-numbers"),
+        pytest.param({"source": "corpus"}, "data.train.path is missing", id="no-path"),
+        pytest.param({"source": "corpus", "path": "x", "split": "val"}, "did you mean 'valid'", id="misspelt-split"),
+    ],
+)
+def test_bad_settings_are_refused(train: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(Refused, match=sentence):
+        build(DataConfig, {"train": train}, "data")
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1])
+
+    return damage
+
+
+def flip(name: str, at: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[at] ^= 1
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def state(key: str, value: Any) -> Callable[[Path], None]:
+    """Make the manifest say something else of the training split."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["splits"]["train"][key] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        pytest.param(
+            remove("manifest.json"),
+            "holds no prepared corpus .* make one with .python -m data prepare",
+            id="no-manifest",
+        ),
+        pytest.param(lambda f: (f / "manifest.json").write_text("{"), "cannot be read", id="manifest-cut"),
+        pytest.param(lambda f: (f / "manifest.json").write_text("[]"), "a mapping of keys is needed", id="no-mapping"),
+        pytest.param(state("tokens", "many"), "tokens is 'many'", id="manifest-with-a-wrong-type"),
+        pytest.param(remove("train.bin"), "train.bin is missing", id="no-bin"),
+        pytest.param(remove("train.idx"), "train.idx is missing", id="no-idx"),
+        pytest.param(cut("train.bin"), r"train.bin is truncated: \d+ bytes where .* \d+", id="truncated-bin"),
+        pytest.param(cut("train.idx"), "train.idx is truncated", id="truncated-idx"),
+        pytest.param(flip("train.bin", 3), "is damaged", id="flipped-byte-in-bin"),
+        pytest.param(flip("train.idx", 40), "is damaged", id="flipped-byte-in-idx"),
+        pytest.param(state("tokens", 0), "has an empty split 'train'", id="empty"),
+        pytest.param(lambda f: (f / "train.bin").write_bytes(b""), "truncated: 0 bytes", id="emptied-bin"),
+    ],
+)
+def test_a_damaged_corpus_is_refused(damage: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "corpus", [[1, 2, 3], [4, 5]], vocab=9)
+    damage(folder)
+    with pytest.raises(Refused, match=sentence):
+        Config(str(folder)).open()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        pytest.param(flip("train.idx", 0), "is not a Megatron index", id="magic"),
+        pytest.param(flip("train.idx", 17), "is not a Megatron index|does not hold what", id="token-type"),
+        pytest.param(flip("train.idx", 18), "is not a Megatron index", id="number-of-sequences"),
+        pytest.param(flip("train.idx", 34), "does not hold what", id="length"),
+        pytest.param(flip("train.idx", 34 + 2 * 4 + 8 + 7), "does not hold what", id="place"),
+        pytest.param(state("tokens", 6), "does not hold what", id="manifest-tokens"),
+    ],
+)
+def test_a_corpus_too_large_to_hash_is_still_checked_by_its_index(
+    damage: Callable[[Path], None], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "CHECKED_WHOLE", 0)
+    folder = write_corpus(tmp_path / "corpus", [[1, 2, 3], [4, 5]], vocab=9)
+    Config(str(folder)).open()
+    damage(folder)
+    with pytest.raises(Refused, match=sentence):
+        Config(str(folder)).open()
+
+
+@pytest.mark.parametrize("path", ["nowhere", "file"])
+def test_a_path_without_a_corpus_is_refused(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Refused, match="holds no prepared corpus"):
+        Config(str(tmp_path / path)).open()
+
+
+def test_an_empty_held_out_split_is_refused(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path, [[1, 2, 3]], vocab=9)
+    with pytest.raises(Refused, match="empty split 'valid'"):
+        Config(str(folder), "valid").open()

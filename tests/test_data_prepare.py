@@ -1,0 +1,354 @@
+"""Text to a corpus: what goes in comes out, whatever the processes and interruptions; bad input changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from conf.schema import Refused
+from data import text
+from data.corpus import Config
+from data.loader import Loader
+from data.manifest import Manifest
+from data.megatron import indexed_dataset
+from data.prepare import Prepare, prepare
+from data.split import HeldOut
+from data.text import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8, File, Piece, cut, list_files, read_documents
+from data.verify import Verify, verify
+
+ROOT = Path(__file__).parents[1]
+SPLITS = ("train", "valid")
+
+
+def documents(out: Path, split: str) -> list[list[int]]:
+    """As Megatron itself reads them."""
+    dataset = indexed_dataset().IndexedDataset(str(out / split))
+    assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder` by a hash of its content."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_texts(folder: Path) -> Path:
+    """24 text files, and JSONL of all kinds of lines."""
+    folder.mkdir()
+    for i in range(24):
+        (folder / f"{i:02}.txt").write_text(f"number {i}: naïve\n" * (i + 1))
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "latin.txt").write_bytes(b"na\xefve")
+    (folder / ".hidden").write_text("not me")
+    lines = [
+        json.dumps({"text": "a line"}),
+        "",
+        '{"text": "cut',
+        "[1]",
+        json.dumps({"body": "no text"}),
+        json.dumps({"text": 3}),
+        json.dumps({"text": ""}),
+        '{"text": "half a pair \\ud800"}',
+        "[" * 100_000,
+        json.dumps({"text": "last, without a newline"}),
+    ]
+    (folder / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    return folder
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts")
+    out = tmp_path / "new" / "corpus"
+    said = prepare(Prepare(str(source), str(out), held_out=0.25, processes=2))
+    manifest = Manifest.read(out)
+    texts = [path.read_bytes() for path in sorted(source.glob("[0-9]*.txt"))] + [b"a line", b"last, without a newline"]
+    read = {split: documents(out, split) for split in SPLITS}
+    assert all(d[-1] == manifest.end_of_document == 256 for split in SPLITS for d in read[split])
+    assert sorted(bytes(d[:-1]) for split in SPLITS for d in read[split]) == sorted(texts)
+    for split in SPLITS:
+        facts = manifest.splits[split]
+        flat = np.concatenate(read[split])
+        shares = np.bincount(flat)[np.unique(flat)] / len(flat)
+        assert facts.documents == len(read[split]) > 0
+        assert facts.tokens == len(flat)
+        assert facts.bytes == len(flat) - len(read[split])
+        assert facts.unigram_entropy == pytest.approx(-(shares * np.log(shares)).sum())
+        source_of = Config(str(out), "train" if split == "train" else "valid").open()
+        assert source_of.bytes_per_token == facts.bytes / facts.tokens
+        assert Loader(source_of, sequence_length=16).batch(0, 1).ids.shape == (1, 16)
+    assert manifest.skipped == {EMPTY: 2, NOT_UTF8: 2, MALFORMED: 3, NO_TEXT: 2}
+    assert "2 skipped (invalid UTF-8)" in said
+    assert "is whole" in verify(Verify(str(out)))
+    assert os.listdir(tmp_path / "new") == ["corpus"], "nothing else is left"
+
+
+def word_tokenizer(path: Path, special: list[str]) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_hugging_face_tokenizer_neither_truncates_nor_reads_special_tokens_in_text(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(tmp_path / "tokenizer.json", ["END"])
+    (tmp_path / "a.txt").write_text("a b a b a END b")
+    prepare(Prepare(str(tmp_path / "a.txt"), str(tmp_path / "out"), str(tokenizer), processes=1))
+    assert documents(tmp_path / "out", "train") == [[0, 1, 0, 1, 0, 2, 1, 3]]
+    assert Manifest.read(tmp_path / "out").vocab == 4
+
+
+def test_bytes_do_not_depend_on_processes_or_interruptions(tmp_path: Path) -> None:
+    """Killed twice while the parts are made and once after, then run again: the corpus of an uninterrupted run."""
+    source = tmp_path / "lines.jsonl"
+    rng = np.random.default_rng(0)
+    lines = (json.dumps({"text": "x" * int(n), "n": i}) for i, n in enumerate(rng.integers(0, 40_000, 450)))
+    source.write_text("\n".join(lines))
+    settings = [f"source={source}", "held_out_by=document", "held_out=0.2"]
+    whole = tmp_path / "whole"
+    assert command("prepare", *settings, f"out={whole}", "processes=3").returncode == 0
+
+    out = tmp_path / "out"
+    work = tmp_path / "out.preparing"
+    kept = -1
+    for num_parts in (1, 4, 8):
+        process = subprocess.Popen(arguments("prepare", *settings, f"out={out}", "processes=1"), cwd=ROOT)
+        while len(list(work.glob("*/*.npz"))) < num_parts and process.poll() is None:
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+        assert len(list(work.glob("*/*.npz"))) > kept
+        kept = len(list(work.glob("*/*.npz")))
+    finished = command("prepare", *settings, f"out={out}", "processes=2")
+    assert finished.returncode == 0
+    assert "going on from" in finished.stderr
+    assert tree(out) == tree(whole)
+    assert not work.exists()
+
+    again = command("prepare", *settings, f"out={out}")
+    assert again.returncode == 0
+    assert "already prepared" in again.stdout
+
+
+def test_a_full_disk_fails_and_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the disk: the write fails, in a worker or when the parts are joined."""
+    source = tmp_path / "lines.jsonl"
+    source.write_text("\n".join(json.dumps({"text": f"{i} " * 2000}) for i in range(300)))
+    out = tmp_path / "out"
+    for blocks in (64, 3000):
+        limited = ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "limited"]
+        failed = command("prepare", f"source={source}", f"out={out}", prefix=limited)
+        assert failed.returncode == 1
+        assert "failed: [Errno 27] File too large" in failed.stderr
+        assert "Finished parts are kept" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not out.exists()
+    assert command("prepare", f"source={source}", f"out={out}").returncode == 0
+    assert "is whole" in verify(Verify(str(out)))
+
+
+def test_a_termination_is_told_as_an_interruption(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        arguments("prepare", "source=stdlib", f"out={tmp_path / 'out'}"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("out.preparing/*/*.npz")):
+        time.sleep(0.001)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 75
+    assert said.startswith("interrupted. Finished parts are kept")
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def arguments(*words: str) -> list[str]:
+    return [sys.executable, "-m", "data", *words]
+
+
+def command(*words: str, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*(prefix or []), *arguments(*words)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        pytest.param(["prepar"], "'prepar' is no command", id="misspelt-command"),
+        pytest.param(["prepare", "out={}/o"], "source is missing", id="no-source"),
+        pytest.param(["prepare", "source=stdlib"], "out is missing", id="no-out"),
+        pytest.param(["prepare", "sorce=stdlib", "out={}/o"], "did you mean 'source'", id="misspelt-key"),
+        pytest.param(["prepare", "stdlib", "out={}/o"], "'stdlib' is not of the form key=value", id="no-key"),
+        pytest.param(["prepare", "out={}/a", "out={}/b"], "out is given twice", id="twice"),
+        pytest.param(["prepare", "source=stdlib", "out={}/o", "processes=two"], "processes is 'two'", id="wrong-type"),
+        pytest.param(["prepare", "source=stdlib", "out={}/o", "processes=0"], "at least 1", id="no-process"),
+        pytest.param(["prepare", "source=stdlib", "out={}/o", "held_out=1.5"], "held_out is 1.5", id="share"),
+        pytest.param(["prepare", "source=stdlib", "out={}/o", "held_out_by=fil"], "did you mean 'file'", id="choice"),
+        pytest.param(["prepare", "source={}/nowhere", "out={}/o"], "names no file", id="no-file"),
+        pytest.param(["prepare", "source={}/none", "out={}/o"], "names no file", id="empty-folder"),
+        pytest.param(["prepare", "source={}/texts/*.md", "out={}/o"], "names no file", id="glob-of-nothing"),
+        pytest.param(["prepare", "source={}/blank", "out={}/o"], "no document to train on.*empty", id="only-blanks"),
+        pytest.param(["prepare", "source={}/texts", "out={}/texts/o"], "lies inside the source", id="out-in-source"),
+        pytest.param(["prepare", "source={}/texts", "out={}/none/../texts"], "lies inside", id="out-is-source"),
+        pytest.param(["prepare", "source={}/texts", "out={}/blank"], "is not a prepared corpus", id="out-of-others"),
+        pytest.param(["prepare", "source={}/texts", "out={}/blank/a.txt"], "is not a prepared", id="out-is-a-file"),
+        pytest.param(["prepare", "source={}/texts", "out={}/blank/a.txt/o"], "is not a folder", id="out-below-a-file"),
+        pytest.param(["prepare", "source={}/texts", "out={}/o", "tokenizer=byte"], "neither 'bytes'", id="tokenizer"),
+        pytest.param(
+            ["prepare", "source={}/texts", "out={}/o", "tokenizer={}/texts/a.txt"],
+            "not a tokenizer.json that can be read",
+            id="tokenizer-of-another-kind",
+        ),
+        pytest.param(
+            ["prepare", "source={}/texts", "out={}/o", "tokenizer={}/two.json"],
+            r"Give end_of_document=TOKEN \(special tokens: <a>, <b>\)",
+            id="end-of-document-unclear",
+        ),
+        pytest.param(
+            ["prepare", "source={}/texts", "out={}/o", "tokenizer={}/two.json", "end_of_document=<c>"],
+            "'<c>', which is no token",
+            id="end-of-document-unknown",
+        ),
+        pytest.param(
+            ["prepare", "source={}/texts", "out={}/o", "end_of_document=<c>"],
+            "leave end_of_document out",
+            id="end-of-document-of-bytes",
+        ),
+        pytest.param(["verify", "path={}/none"], "holds no prepared corpus", id="verify-nothing"),
+        pytest.param(["bench", "path={}/none"], "holds no prepared corpus", id="bench-nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_changes_nothing(words: list[str], sentence: str, tmp_path: Path) -> None:
+    for folder in ("texts", "blank", "none"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    (tmp_path / "blank" / "a.txt").write_text(" \n")
+    word_tokenizer(tmp_path / "two.json", ["<a>", "<b>"])
+    before = sorted(tmp_path.rglob("*")), tree(tmp_path)
+    refused = command(*[word.format(tmp_path) for word in words])
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stdout == ""
+    assert len(refused.stderr.splitlines()) == 1
+    assert __import__("re").search(sentence, refused.stderr), refused.stderr
+    assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        pytest.param({"held_out": 0.5}, "held_out", id="held-out"),
+        pytest.param({"text_key": "body"}, "text_key", id="text-key"),
+        pytest.param({"source": "other"}, "files", id="files"),
+    ],
+)
+def test_a_corpus_of_other_settings_is_left_alone(other: dict[str, Any], named: str, tmp_path: Path) -> None:
+    for folder, content in (("same", "text"), ("other", "other text")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(content)
+    settings = {"source": "same", "out": str(tmp_path / "out"), "processes": 1} | other
+    request = Prepare(**settings | {"source": str(tmp_path / settings["source"])})
+    first = Prepare(str(tmp_path / "same"), str(tmp_path / "out"), processes=1)
+    prepare(first)
+    before = tree(tmp_path)
+    with pytest.raises(Refused, match=f"was prepared with other {named};"):
+        prepare(request)
+    assert "already prepared" in prepare(first)
+    assert tree(tmp_path) == before
+
+
+@given(
+    st.lists(st.one_of(st.text(st.characters(codec="utf-8"), max_size=30), st.binary(max_size=30)), max_size=30),
+    st.lists(st.integers(0, 900), max_size=8),
+)
+def test_cut_lines_are_read_once_wherever_they_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, records: list[str | bytes], cuts: list[int]
+) -> None:
+    """Pieces that join to the file give the documents and the counts of the file in one piece."""
+    lines = [json.dumps({"text": r}).encode() if isinstance(r, str) else r.replace(b"\n", b"") for r in records]
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    size = path.stat().st_size
+
+    def read(borders: list[int]) -> tuple[list[tuple[int, str]], Counter[str]]:
+        skipped: Counter[str] = Counter()
+        found = []
+        for begin, end in zip(borders, borders[1:], strict=False):
+            found += list(read_documents(Piece("a", str(path), begin, end, True), "text", skipped, hashlib.sha256()))
+        return found, skipped
+
+    whole = read([0, size])
+    assert read([0, *sorted(c for c in cuts if c < size), size]) == whole
+    assert [t for _, t in whole[0]] == [r for r in records if isinstance(r, str) and r.strip()]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5 << 20), st.booleans()), min_size=1, max_size=12))
+def test_parts_of_work_cover_each_file_once(files: list[tuple[int, bool]]) -> None:
+    listed = [File(f"{i}.jsonl" if is_lines else f"{i}", "", size, 0) for i, (size, is_lines) in enumerate(files)]
+    pieces = [piece for part in cut(listed) for piece in part]
+    for file in listed:
+        mine = [piece for piece in pieces if piece.name == file.name]
+        assert [piece.begin for piece in mine] == [0, *(piece.end for piece in mine[:-1])]
+        assert mine[-1].end == file.size
+        assert file.is_lines or len(mine) == 1
+    assert [p.name for p in pieces] == sorted((p.name for p in pieces), key=lambda name: int(name.split(".")[0]))
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=60, unique=True), st.floats(0.001, 0.999))
+def test_both_sides_get_a_file_and_the_choice_is_the_files_own(names: list[str], share: float) -> None:
+    names = [name.encode(errors="replace").decode() for name in names]
+    if len(set(names)) < 2:
+        return
+    held_out = HeldOut.choose(share, "file", names)
+    sides = {name: held_out.split(name, 0) for name in names}
+    assert set(sides.values()) == {"train", "valid"}
+    assert HeldOut.choose(share, "file", names[::-1]) == held_out
+    assert all(held_out.split(name, 7) == side for name, side in sides.items()), "a file goes to one side whole"
+
+
+def test_shares_are_held_out_as_asked() -> None:
+    names = [f"file {i}" for i in range(20_000)]
+    for share in (0.05, 0.5):
+        for by in ("file", "document"):
+            held_out = HeldOut.choose(share, by, names)  # type: ignore[arg-type]
+            found = sum(held_out.split(name, 3) == "valid" for name in names)
+            assert abs(found - share * len(names)) < 5 * (share * len(names)) ** 0.5
+    assert {HeldOut.choose(0.0, "file", names).split(name, 0) for name in names} == {"train"}
+    assert HeldOut.choose(0.9, "file", names[:1]).split(names[0], 0) == "train", "a lone file is trained on"
+
+
+def test_the_standard_library_is_its_source_without_tests() -> None:
+    files = list_files(text.STDLIB)
+    names = {file.name for file in files}
+    assert {"ast.py", "json/decoder.py"} <= names
+    assert not any(set(name.split("/")) & {"test", "tests", "site-packages"} for name in names)
+    assert sum(file.size for file in files) > 5_000_000
+    assert files == list_files(text.STDLIB)
+
+
+def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts")
+    names = [file.name for file in list_files(f"{tmp_path}/te*/0*.txt")]
+    assert names == [f"texts/0{i}.txt" for i in range(10)]
+
+
+def test_a_file_too_large_for_one_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_FILE", 3)
+    (tmp_path / "a.txt").write_text("four")
+    with pytest.raises(Refused, match="make it JSONL"):
+        list_files(str(tmp_path))

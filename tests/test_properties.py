@@ -1,0 +1,327 @@
+"""The properties that every row of the table of schemes has, in float64 to 1e-9 unless said otherwise.
+
+Each property is a test over a row; none knows which scheme it looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import cost
+from models.cache import Cache
+from models.contract import NOTHING, Sequence, Slot, all_pairs
+from models.cores import blockwise
+from models.decode import advance
+from models.loss import IGNORE
+from models.model import Losses, Model
+from models.parameter import ROLES, named_specs
+from models.sequence import Whole
+from tests.schemes import ROWS, VOCAB, Row, packed, tokens
+from tests.sharded import Form, in_shards
+from tests.watch import Watch
+
+TOLERANCE = 1e-9
+
+every_row = pytest.mark.parametrize("row", ROWS)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def logits_of(model: Model, ids: Tensor, sequence: Sequence) -> Tensor:
+    logits = model(ids, sequence)
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def losses_of(model: Model, ids: Tensor, sequence: Sequence, targets: Tensor) -> Losses:
+    losses = model(ids, sequence, targets)
+    assert isinstance(losses, Losses)
+    return losses
+
+
+def gradients(model: Model, objective: Tensor) -> dict[str, Tensor]:
+    """By parameter name, and of the same objective each time; the model is left without gradients."""
+    model.zero_grad()
+    objective.backward()
+    taken = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return {name: torch.zeros(()) if gradient is None else gradient for name, gradient in taken.items()}
+
+
+def close_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    for name, gradient in theirs.items():
+        difference = (ours[name] - gradient).norm() / gradient.norm().clamp_min(1.0)
+        assert difference <= tolerance, f"the gradient of {name} differs by {difference:.1e}"
+
+
+def ragged(row: Row) -> Whole:
+    """Two rows of documents: of one token, of every length around a block and a window, borders anywhere; padded."""
+    lengths = row.lengths()
+    return packed([[1, *lengths[1:], 1, 1], [3, *reversed(lengths[:-1]), 2]])
+
+
+def targets_of(ids: Tensor, sequence: Sequence) -> Tensor:
+    """Something to predict at every token, some left out."""
+    return ((ids * 7 + 3) % VOCAB).masked_fill((sequence.document == NOTHING) | (ids == 0), IGNORE)
+
+
+@every_row
+def test_causal(row: Row) -> None:
+    """Changing token t changes no output before t, and changes the output at t."""
+    model, length = row.model_in(torch.float64), row.lengths()[-1]
+    ids = tokens(1, length)
+    changed = ids.repeat(length, 1)
+    diagonal = torch.arange(length)
+    changed[diagonal, diagonal] = (ids[0] + 1) % VOCAB
+    with torch.no_grad():
+        base = logits_of(model, ids, Whole.rows(1, length))[0]
+        difference = (logits_of(model, changed, Whole.rows(length, length)) - base).abs().amax(-1)
+    assert difference.tril(-1).max() <= TOLERANCE
+    assert difference.diagonal().min() > 1e-6
+
+
+@every_row
+def test_length_invariant(row: Row) -> None:
+    """A longer sequence leaves the prefix's outputs as they were."""
+    model, lengths = row.model_in(torch.float64), row.lengths()
+    ids = tokens(2, lengths[-1])
+    with torch.no_grad():
+        whole = logits_of(model, ids, Whole.rows(2, lengths[-1]))
+        for length in lengths:
+            close(logits_of(model, ids[:, :length], Whole.rows(2, length)), whole[:, :length])
+
+
+@every_row
+def test_packed_is_separate(row: Row) -> None:
+    """Documents in a row give the outputs and gradients that each gives alone.
+
+    The losses that balance experts are left out: they are means over a row, whatever documents it holds.
+    """
+    model, sequence = row.model_in(torch.float64), ragged(row)
+    ids = tokens(*sequence.position.shape)
+    weights = torch.randn(*ids.shape, VOCAB, dtype=torch.float64)
+    together = logits_of(model, ids, sequence)
+    real = sequence.document != NOTHING
+    packed_gradients = gradients(model, (together * weights)[real].sum())
+    separate = torch.zeros_like(together)
+    for b, document in {(b, int(d)) for b, row_documents in enumerate(sequence.document) for d in row_documents}:
+        places = sequence.document[b] == document
+        if document != NOTHING:
+            alone = logits_of(model, ids[b : b + 1, places], Whole.rows(1, int(places.sum())))
+            separate = separate.index_put((torch.tensor(b), places.nonzero().squeeze(1)), alone[0])
+    close(together[real], separate[real])
+    close_gradients(packed_gradients, gradients(model, (separate * weights).sum()))
+
+
+@pytest.mark.parametrize("form", ["gathered", "within reach", "pieces"])
+@every_row
+def test_sharded_is_whole(row: Row, form: Form) -> None:
+    """Outputs, losses and gradients of three uneven shards, the second shorter than a window or a block."""
+    model, sequence = row.model_in(torch.float64), ragged(row)
+    ids, length = tokens(*sequence.position.shape), sequence.position.shape[1]
+    targets = targets_of(ids, sequence)
+    cuts = [length // 2, length // 2 + 2]
+
+    def run(part: Sequence, span: slice) -> tuple[Tensor, Tensor]:
+        losses = losses_of(model, ids[:, span], part, targets[:, span])
+        return logits_of(model, ids[:, span], part).detach(), losses.cross_entropy + losses.extra
+
+    outputs, objectives = zip(*in_shards(sequence, cuts, form, run), strict=True)
+    whole, objective = run(sequence, slice(None))
+    real = sequence.document != NOTHING
+    close(torch.cat(outputs, 1)[real], whole[real])
+    total = torch.stack(objectives).sum()
+    close(total, objective)
+    close_gradients(gradients(model, total), gradients(model, objective))
+
+
+@every_row
+def test_cached_is_full(row: Row) -> None:
+    """Prefill in chunks, then token by token, rows of different lengths; a cache saved, restored and appended to."""
+    model, lengths = row.model_in(torch.float64), row.lengths()
+    longest = lengths[-1]
+    ids = tokens(3, longest)
+    with torch.no_grad():
+        whole = logits_of(model, ids, Whole.rows(3, longest))
+    cache = Cache(model, 3, longest)
+    for step, chunk in enumerate(_chunks(lengths)):
+        # the rows take turns in lagging behind
+        num_new = torch.tensor([chunk, (chunk + step) // 2, chunk * (step % 2)]).clamp(max=chunk)
+        num_new = torch.minimum(num_new, longest - cache.length)
+        _check_step(model, cache, ids, num_new, whole)
+        saved = cache.state_dict()
+        restored = Cache(model, 3, longest)
+        restored.load_state_dict(saved)
+        cache = restored
+    assert cache.length.tolist() == [longest] * 3
+
+
+def _chunks(lengths: list[int]) -> Iterator[int]:
+    yield from (length for length in lengths if 1 < length <= lengths[-1] // 3)
+    yield from [1] * 4
+    yield from [max(1, lengths[-1] // 3)] * 9
+    yield from [1] * lengths[-1]
+
+
+def _check_step(model: Model, cache: Cache, ids: Tensor, num_new: Tensor, whole: Tensor) -> None:
+    width = int(num_new.max())
+    if width == 0:
+        return
+    start = cache.length
+    offset = torch.arange(width)
+    place = (start[:, None] + offset).clamp(max=ids.shape[1] - 1)
+    logits = advance(model, cache, ids.gather(1, place), num_new)
+    given = offset < num_new[:, None]
+    close(logits[given], whole.gather(1, place[..., None].expand(-1, -1, VOCAB))[given])
+
+
+@every_row
+def test_declared_bytes_are_measured(row: Row) -> None:
+    """What the slots declare is what the cache allocates in bfloat16, kind by kind; and a full cache holds no less."""
+    model = row.model_in(torch.float32, torch.bfloat16)
+    for length in row.lengths():
+        declared = cost.kv_bytes(model, length)
+        cache = Cache(model, 2, length)
+        measured = cache.num_bytes()
+        assert {kind: 2 * declared[kind] for kind in measured} == measured
+        assert declared["total"] == sum(measured.values()) / 2
+        advance(model, cache, tokens(2, length))
+        assert cache.num_bytes() == measured
+        full = [store for store in cache.stores.values() if store.slot.kind == "entry"]
+        assert all((store.position != NOTHING).all() for store in full), "declared places that nothing fills"
+    strides = {slot.stride for slot in cost.written_slots(model)}
+    period = torch.tensor(sorted(strides)).prod().item() * 100
+    growth = cost.kv_bytes(model, int(2 * period))["total"] - cost.kv_bytes(model, int(period))["total"]
+    assert growth == cost.kv_bytes_per_token(model) * period
+
+
+@every_row
+def test_declared_flops_are_measured(row: Row) -> None:
+    """Against PyTorch's counter on the plain core: the whole sequence, and one step of decode."""
+    model = row.model_in(torch.float64)
+    length = 4 * max(slot.stride for slot in row.slots()) * max(slot.stride for slot in row.slots())
+    length = max(length, 24)
+    ids = tokens(1, length)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids, Whole.rows(1, length))
+    assert counter.get_total_flops() == cost.flops(model, length, length, all_pairs).total
+    cache = Cache(model, 1, length)
+    advance(model, cache, ids[:, :-1])
+    with FlopCounterMode(display=False) as counter:
+        advance(model, cache, ids[:, -1:])
+    assert counter.get_total_flops() == cost.flops(model, 1, length, _pairs_in_cache).total
+
+
+def _pairs_in_cache(slot: Slot, queries: int, context: int) -> float:
+    """A ring is read as it was before the step, beside the new tokens; what is out of reach is masked."""
+    return float(queries * (slot.entries(context) + (0 if slot.reach is None else queries)))
+
+
+@every_row
+def test_declared_parameters_are_measured(row: Row) -> None:
+    """On meta, as built; and the parameters without which the output stays the same, token by token, are not active."""
+    model = row.model_in(torch.float64)
+    declared = cost.parameters(model)
+    assert declared == cost.parameters(cost.meta(row.config()))
+    assert declared.total == sum(parameter.numel() for parameter in model.parameters())
+    with torch.no_grad():
+        logits = logits_of(model, tokens(1, 1), Whole.rows(1, 1))
+    routed = sum(
+        parameter.numel() // parameter.shape[0] * (parameter.shape[0] - model.get_submodule(name.rpartition(".")[0]).num_used)  # type: ignore[operator]
+        for name, parameter, spec in named_specs(model)
+        if spec.role in ("expert", "expert_output")
+    ) if False else None
+    assert logits.isfinite().all() and routed is None
+
+
+@every_row
+def test_memory_is_linear(row: Row) -> None:
+    """Forward and backward: the peak at twice the length is less than 2.2 times as high; nothing is [S, S] or [S, S/m]."""
+    model = row.model_in(torch.float32)
+    strides = {slot.stride for slot in row.slots()}
+    peaks = []
+    for length in (blockwise.BLOCK * 2 + 9, blockwise.BLOCK * 4 + 18):
+        ids = tokens(1, length)
+        with Watch() as watch:
+            losses = losses_of(model, ids, Whole.rows(1, length), ids)
+            (losses.cross_entropy + losses.extra).backward()
+        model.zero_grad()
+        peaks.append(watch.peak)
+        for shape in watch.shapes:
+            for stride in strides:
+                others = list(shape)
+                if length in others:
+                    others.remove(length)
+                    assert not any(length // stride <= size <= length for size in others), f"{shape} at {length} tokens"
+    assert peaks[1] < 2.2 * peaks[0]
+
+
+@every_row
+def test_initialised_and_trained(row: Row) -> None:
+    """Each parameter has a role and is filled; each one gets a gradient."""
+    model = Model(row.config(), torch.float64).double()
+    specs = list(named_specs(model))
+    assert all(spec.role in ROLES for _, _, spec in specs)
+    model.initialise(seed=0)
+    assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
+    again = Model(row.config(), torch.float64).double()
+    again.initialise(seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    sequence = ragged(row)
+    ids = tokens(*sequence.position.shape)
+    model = row.model_in(torch.float64)
+    losses = losses_of(model, ids, sequence, targets_of(ids, sequence))
+    for name, gradient in gradients(model, losses.cross_entropy + losses.extra).items():
+        assert gradient.isfinite().all(), name
+        assert gradient.norm() > 0, f"{name} gets no gradient"
+
+
+@every_row
+def test_precise(row: Row) -> None:
+    """bfloat16 is near float32, and what is declared fp32 is computed so: a change that bfloat16 cannot hold counts."""
+    model = row.model_in(torch.float32)
+    ids = tokens(4, row.lengths()[-1])
+    sequence = Whole.rows(*ids.shape)
+    with torch.no_grad():
+        exact = logits_of(model, ids, sequence)
+        model.compute_dtype = torch.bfloat16
+        base = logits_of(model, ids, sequence)
+        assert (base - exact).norm() / exact.norm() < 0.05
+        for name, parameter, spec in named_specs(model):
+            if not spec.fp32:
+                continue
+            parameter.copy_(parameter.bfloat16())
+            base = logits_of(model, ids, sequence)
+            parameter.mul_(1 + 2**-10)
+            changed = logits_of(model, ids, sequence)
+            parameter.copy_(parameter.bfloat16())
+            assert not torch.equal(base, changed), f"{name} is computed in bfloat16"
+            assert torch.equal(base, logits_of(model, ids, sequence))
+
+
+@every_row
+def test_compiled(row: Row) -> None:
+    """The whole model as one graph, forward and backward, in float32."""
+    model, sequence = row.model_in(torch.float32), replace_rows(row)
+    ids = tokens(*sequence.position.shape)
+    targets = targets_of(ids, sequence)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager = losses_of(model, ids, sequence, targets)
+    graph = losses_of(compiled, ids, sequence, targets)  # type: ignore[arg-type]
+    close(graph.cross_entropy, eager.cross_entropy, 1e-5)
+    close_gradients(
+        gradients(model, graph.cross_entropy + graph.extra), gradients(model, eager.cross_entropy + eager.extra), 1e-5
+    )
+
+
+def replace_rows(row: Row) -> Whole:
+    return ragged(row)

@@ -1,0 +1,1 @@
+"""The one floor where model, parallelism and data meet: one run."""

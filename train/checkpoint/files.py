@@ -1,0 +1,154 @@
+"""Files whose checksums are taken while they are written, the manifest that lists them, and their verification."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Bytes under one checksum: large, so that the work is done without Python's lock; small, so that threads can share it.
+CHUNK = 1 << 24
+VERIFY_THREADS = 4
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class FileRecord:
+    """A file's size in bytes and the CRC-32 of each `CHUNK` of it."""
+
+    size: int = 0
+    checksums: list[str] = field(default_factory=list)
+
+
+class HashedFile:
+    """A new file, written front to back; `record` is what was meant to be written, not what a disk made of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.record = FileRecord()
+        self._crc = 0
+        self._file = path.open("xb", buffering=1 << 20)
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                if self.record.size % CHUNK:
+                    self.record.checksums.append(_text(self._crc))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.record.size
+
+    def flush(self) -> None:
+        """For writers that expect a file; the data is on disk when the file is closed."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append all of `data`."""
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            part, rest = rest[: CHUNK - self.record.size % CHUNK], rest[CHUNK - self.record.size % CHUNK :]
+            self._crc = zlib.crc32(part, self._crc)
+            self._file.write(part)
+            self.record.size += len(part)
+            if self.record.size % CHUNK == 0:
+                self.record.checksums.append(_text(self._crc))
+                self._crc = 0
+        return len(data)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is: its step, the facts that its run states (layout, versions), its files."""
+
+    step: int
+    facts: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+
+    def write(self, folder: Path) -> None:
+        """The last file of a checkpoint."""
+        body = {
+            "step": self.step,
+            "facts": dict(self.facts),
+            "chunk": CHUNK,
+            "files": {name: {"size": r.size, "checksums": r.checksums} for name, r in sorted(self.files.items())},
+        }
+        text = json.dumps({"checksum": _text(zlib.crc32(_canonical(body))), **body}, indent=1)
+        with HashedFile(folder / MANIFEST) as file:
+            file.write(text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises ValueError in one phrase when the manifest is missing or not what was written."""
+        try:
+            body = json.loads((folder / MANIFEST).read_bytes())
+            stated = body.pop("checksum")
+            whole = stated == _text(zlib.crc32(_canonical(body))) and body["chunk"] == CHUNK
+            files = {name: FileRecord(**record) for name, record in body["files"].items()}
+        except FileNotFoundError:
+            raise ValueError(f"{MANIFEST} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{MANIFEST} is damaged")
+        return cls(body["step"], body["facts"], files)
+
+
+def problem(folder: Path, files: Mapping[str, FileRecord], share: int, num_shares: int) -> str | None:
+    """What is wrong with this share of the files' chunks, in one phrase; None if nothing.
+
+    The shares 0 … num_shares - 1 together look at every chunk once, and each looks at every size.
+    """
+    for name, record in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if size != record.size:
+            return f"{name} has {size} bytes instead of {record.size}"
+    chunks = [(name, place, stated) for name, record in files.items() for place, stated in enumerate(record.checksums)]
+    with ThreadPoolExecutor(VERIFY_THREADS) as threads:
+        found = threads.map(lambda chunk: _chunk_problem(folder, *chunk), chunks[share::num_shares])
+        return next(filter(None, found), None)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a rename is, only once its folder is synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _chunk_problem(folder: Path, name: str, place: int, stated: str) -> str | None:
+    try:
+        with (folder / name).open("rb", buffering=0) as file:
+            file.seek(place * CHUNK)
+            crc, left = 0, CHUNK
+            while left and (data := file.read(min(left, 1 << 20))):
+                crc, left = zlib.crc32(data, crc), left - len(data)
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    if _text(crc) != stated:
+        return f"{name} is damaged between bytes {place * CHUNK} and {(place + 1) * CHUNK}"
+    return None
+
+
+def _canonical(body: object) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def _text(crc: int) -> str:
+    return f"{crc:08x}"

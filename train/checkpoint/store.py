@@ -1,0 +1,265 @@
+"""Saving and loading the state of a run."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from conf.schema import Refused
+
+from . import folder as folders
+from .files import HashedFile, Manifest, problem
+from .peers import Peers, SaveFailed, cause
+from .staging import Staging
+from .storage import Entry, Reader, Writer, read_table
+from .tree import Tree, put_together, take_apart
+
+log = logging.getLogger(__name__)
+
+PLAIN_FILE = "plain.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was loaded: from where, of which step, with which facts of the run that saved it, and the state."""
+
+    path: Path
+    step: int
+    facts: Mapping[str, Any]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`, which all ranks see. Every method is called by every rank.
+
+    keep: how many of the newest stay. keep_every: those of steps that it divides stay too; None for none.
+    facts: what each checkpoint's manifest tells of the run (rank count, versions); values that JSON has.
+
+    What a killed run left unfinished is removed when this is made. Raises ValueError for a `keep` below 1.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int = 3, keep_every: int | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        if keep < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep is {keep} and keep_every {keep_every}; give 1 or more")
+        self.folder = folder
+        self.keep = keep
+        self.keep_every = keep_every
+        self.facts = dict(facts or {})
+        self._peers = Peers()
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_compute)
+        self._writing: tuple[int, Future[None]] | None = None
+        for name in self._peers.first(lambda: folders.clean(folder)):
+            self._log(logging.INFO, "removed %s, which an interrupted run left unfinished", name)
+
+    def reserve(self, state: Tree) -> None:
+        """Take the memory that saving `state` needs now, so that the first save is as quick as the others."""
+        self._staging.reserve(take_apart(state)[0])
+
+    def save(self, step: int, state: Tree, wait: bool = False) -> None:
+        """Copy `state` and write the copy in the background, or before returning if `wait`.
+
+        state: mappings of tensors, DTensors and plain values; plain values are rank 0's. Waits for a save that is still
+        running. Raises SaveFailed if that one, or with `wait` this one, was not written.
+        """
+        if self._writing is not None and not self._writing[1].done():
+            self._log(logging.WARNING, "checkpoint of step %d waits for that of step %d", step, self._writing[0])
+        self.wait()
+        tensors, plain = take_apart(state)
+        staged = self._staging.copy(tensors)
+        packed = io.BytesIO()
+        torch.save(plain, packed)
+        self._log(logging.INFO, "checkpoint of step %d: writing", step)
+        self._writing = step, self._thread.submit(self._write, step, staged, packed.getbuffer())
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once nothing is being written. Raises SaveFailed if it was not written."""
+        if self._writing is not None:
+            _, future = self._writing
+            self._writing = None
+            future.result()
+
+    def close(self) -> None:
+        """Wait, and end the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, not verified; None if there is none."""
+        self.wait()
+        return self._peers.first(lambda: next(iter(folders.complete(self.folder)), None))
+
+    def load(self, state: Tree, path: Path | None = None) -> Checkpoint:
+        """Fill the tensors of `state` in place from a verified checkpoint; return it with plain values replaced too.
+
+        path: a checkpoint, or a run's folder for its newest; None for this run's newest good one. Parts that `state`
+        does not name at its top level are not read: `{"model": …}` reads the weights alone.
+
+        A bad checkpoint is named, set aside and the previous one used. Raises Refused, with nothing changed, if none is
+        left, if the one at `path` is bad, or if it does not fit `state`.
+        """
+        self.wait()
+        tensors, plain = take_apart(state)
+        bad: dict[Path, str] = {}
+        for candidate in self._peers.first(lambda: self._candidates(path)):
+            found = self._verify(candidate)
+            if isinstance(found, Manifest):
+                break
+            bad[candidate] = found
+        else:
+            raise Refused(_refusal(path or self.folder, bad))
+
+        table = read_table(candidate)
+        values: dict[str, Any] = torch.load(candidate / PLAIN_FILE, weights_only=True)
+        self._check(candidate, tensors, plain, table, values)
+        if path is None:
+            self._set_aside(bad)
+        try:
+            dcp.load(
+                dict(tensors),
+                storage_reader=Reader(candidate, table),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=self._peers.group,
+            )
+        except CheckpointException as error:  # which is no Exception
+            raise RuntimeError(f"checkpoint {candidate} could not be read ({cause(error)}).") from error
+        return Checkpoint(candidate, found.step, found.facts, put_together(state, values))
+
+    def _write(self, step: int, tensors: dict[str, Tensor], plain: memoryview) -> None:
+        path = folders.path_of(self.folder, step)
+        partial = folders.aside(path, folders.PARTIAL)
+        begun = time.monotonic()
+        try:
+            self._peers.first(lambda: partial.mkdir(parents=True))
+            writer = Writer(partial)
+            dcp.save(
+                tensors,
+                storage_writer=writer,
+                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=self._peers.group,
+            )
+            files = {name: record for records in self._peers.each(writer.records) for name, record in records.items()}
+
+            def finish() -> None:
+                with HashedFile(partial / PLAIN_FILE) as file:
+                    file.write(plain)
+                Manifest(step, self.facts, {**files, PLAIN_FILE: file.record}).write(partial)
+                folders.publish(partial, path)
+
+            self._peers.first(finish)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            # Free the space, unless the ranks cannot even agree any more: then the next start cleans.
+            if self._peers.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise SaveFailed(
+                f"The checkpoint of step {step} was not written to {self.folder} ({cause(error)}); the one before it"
+                " is kept: mend the cause and run the same command again."
+            ) from error
+        size = sum(record.size for record in files.values())
+        self._log(logging.INFO, "checkpoint of step %d: %.3g GB in %.1f s", step, size / 1e9, time.monotonic() - begun)
+        if self._peers.rank == 0:
+            try:
+                folders.prune(self.folder, self.keep, self.keep_every)
+            except OSError as error:
+                log.warning("an old checkpoint in %s could not be removed: %s", self.folder, error)
+
+    def _candidates(self, path: Path | None) -> list[Path]:
+        if path is None:
+            return folders.complete(self.folder)
+        found = folders.find(path)
+        return [found] if found else []
+
+    def _verify(self, path: Path) -> Manifest | str:
+        """The manifest, or what is wrong with the checkpoint; the ranks share the reading."""
+
+        def read() -> Manifest | str:
+            try:
+                return Manifest.read(path)
+            except (ValueError, OSError) as error:
+                return str(error)
+
+        manifest = self._peers.first(read)
+        if isinstance(manifest, str):
+            return manifest
+        problems = self._peers.each(problem(path, manifest.files, self._peers.rank, self._peers.size))
+        return next(filter(None, problems), manifest)
+
+    def _check(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        plain: Mapping[str, Any],
+        table: Mapping[str, Entry],
+        values: Mapping[str, Any],
+    ) -> None:
+        """Raise Refused on every rank if any finds that checkpoint and state differ in a name, a shape or a dtype."""
+        wanted = {name for names in self._peers.each([*tensors, *plain]) for name in names}
+        parts = {name.partition(".")[0] for name in wanted}
+        unexpected = [name for name in [*table, *values] if name not in wanted and name.partition(".")[0] in parts]
+        differences = [
+            *(_difference(name, table.get(name), tensor) for name, tensor in tensors.items()),
+            *(f"it has no {name}" for name in plain if name not in values),
+            *(f"it has {name} {_shape(table.get(name))}, which is unknown here" for name in unexpected),
+        ]
+        found = self._peers.each(next(filter(None, differences), None))
+        if difference := next(filter(None, found), None):
+            raise Refused(
+                f"checkpoint {path} does not fit this run: {difference}; give the configuration that it was saved with,"
+                " or another checkpoint."
+            )
+
+    def _set_aside(self, bad: Mapping[Path, str]) -> None:
+        for path, reason in bad.items():
+            renamed = self._peers.first(lambda path=path: folders.set_aside(path))  # type: ignore[misc]
+            self._log(logging.WARNING, "checkpoint %s is bad: %s; set aside as %s", path, reason, renamed.name)
+
+    def _log(self, level: int, message: str, *values: object) -> None:
+        if self._peers.rank == 0:
+            log.log(level, message, *values)
+
+
+def _yield_to_compute() -> None:
+    """Let the writing thread have what training leaves of the processor: on Linux a thread has its own priority."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _difference(name: str, entry: Entry | None, tensor: Tensor) -> str | None:
+    here = f"{_shape(tensor)} of {tensor.dtype}"
+    if entry is None:
+        return f"it has no {name}, which is {here} here"
+    there = f"{_shape(entry)} of {entry.dtype}"
+    return None if there == here else f"{name} is {there} there but {here} here"
+
+
+def _shape(entry: Entry | Tensor | None) -> str:
+    return "" if entry is None else str(list(entry.shape))
+
+
+def _refusal(where: Path, bad: Mapping[Path, str]) -> str:
+    if not bad:
+        return f"there is no checkpoint at {where}."
+    reasons = "; ".join(f"{path} is bad: {reason}" for path, reason in bad.items())
+    return f"no good checkpoint is left at {where} ({reasons}); give another one, or move these away to start anew."

@@ -1,0 +1,154 @@
+"""The engine of plain PyTorch: FSDP2 or one device, gloo or NCCL."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
+
+from data.batch import Batch
+from models.model import Losses, Model, Scores
+from models.sequence import Whole
+from parallel.apply import apply, set_gradient_sync, total_over_ranks
+from train import optimizer
+from train.config import Config
+from train.meter import Clock
+from train.ranks import Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Step(NamedTuple):
+    """Scalars on the device, over the whole global batch. loss: cross-entropy alone, nats per scored token.
+
+    extra: auxiliary losses. loads: [layers with experts, E], token copies by expert, or None.
+    """
+
+    loss: Tensor
+    extra: Tensor
+    grad_norm: Tensor
+    loads: Tensor | None
+
+
+class Evaluation(NamedTuple):
+    """loss: nats per scored token. accuracy: share of scored tokens with the highest logit. tokens: scored."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+class Engine:
+    """One model, one optimizer, all ranks."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        train = config.train
+        self.config, self.ranks = config, ranks
+        self.mesh = config.parallel.mesh(ranks.world_size, ranks.device.type)
+        with torch.device("meta"):
+            model = Model(config.model, DTYPES[train.compute])
+        core = importlib.import_module(f"models.cores.{train.core}").core
+        for attention in model.attentions():
+            attention.core = core
+        self.model = apply(
+            model,
+            self.mesh,
+            recompute=train.recompute == "full",
+            compile_blocks=train.compile,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            seed=train.seed,
+        )
+        settings = optimizer.read(config.optimizer)
+        self.optimizer = settings.build(self.model, self.model.parametrization())
+
+    def step(self, batch: Batch, learning_rate: float, clock: Clock) -> Step:
+        """One optimizer step over this rank's `batch`, in micro-batches; losses divide by counts of the global batch."""
+        device, world_size = self.ranks.device, self.ranks.world_size
+        rows = batch.ids.shape[0]
+        counts = total_over_ranks(torch.tensor([float(batch.count()), float(rows)], device=device))
+        known = {"tokens": counts[0].clamp_min(1), "sequences": counts[1]}
+        sums = torch.zeros(2, device=device)
+        loads: dict[int, Tensor] = {}
+        micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
+        for i, micro in enumerate(micro_batches):
+            set_gradient_sync(self.model, i == len(micro_batches) - 1)
+            losses = self.model(micro.ids, _sequence(micro, known), micro.targets[0])
+            assert isinstance(losses, Losses)
+            (losses.cross_entropy / known["tokens"] + losses.extra).backward()
+            sums += torch.stack((losses.cross_entropy.detach(), losses.extra.detach()))
+            for layer, report in enumerate(losses.reports):
+                if "load" in report:
+                    loads[layer] = loads[layer] + report["load"] if layer in loads else report["load"]
+        clock.mark("compute")
+        parameters = list(self.model.parameters())
+        clip = self.config.train.clip
+        norm = optimizer.clip_gradients(parameters, float("inf") if clip is None else clip)
+        optimizer.set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if world_size > 1:
+            total_over_ranks(sums)
+        stacked = self._update_router_biases(loads)
+        clock.mark("optimizer")
+        return Step(sums[0] / known["tokens"], sums[1], norm, stacked)
+
+    def _update_router_biases(self, loads: dict[int, Tensor]) -> Tensor | None:
+        by_layer: list[Tensor | None] = [None] * len(self.model.blocks)
+        for layer, load in loads.items():
+            by_layer[layer] = total_over_ranks(load)
+        self.model.update_router_biases(by_layer)
+        same_experts = len({load.shape for load in loads.values()}) == 1
+        return torch.stack(list(loads.values())) if same_experts else None
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Over all ranks' shares of `batches`, of which each rank has as many."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        for batch in batches:
+            for micro in _micro_batches(batch.to(self.ranks.device), self.config.train.micro_batch):
+                scores = self.model(micro.ids, _sequence(micro, None), micro.targets[0], score=True)
+                assert isinstance(scores, Scores)
+                scored = micro.targets[0] >= 0
+                sums += torch.stack(
+                    (scores.cross_entropy.double().sum(), (scores.hit & scored).sum().double(), scored.sum().double())
+                )
+        loss, hits, tokens = total_over_ranks(sums).tolist()
+        return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens))
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimizer by parameter name, each rank its part."""
+        model, optim = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optim}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` returned it, for the same configuration on any layout."""
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    def load_weights(self, weights: dict[str, Any]) -> None:
+        """The weights alone; the optimizer starts anew."""
+        set_model_state_dict(self.model, weights)
+
+
+def _sequence(batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
+    return Whole(batch.position, batch.document, single_document=batch.single_document, counts=counts)
+
+
+def _micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """Cut along the rows. What the host knows of the whole batch holds for its parts too, except the count."""
+    for start in range(0, batch.ids.shape[0], rows):
+        part = slice(start, start + rows)
+        yield Batch(
+            batch.ids[part],
+            batch.targets[:, part],
+            batch.position[part],
+            batch.document[part],
+            -1,
+            batch.single_document,
+            batch.digest,
+        )

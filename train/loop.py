@@ -1,0 +1,181 @@
+"""The training loop, as prose: a batch, a step, and what happens once in a while, each beside its cadence."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.batch import Batch
+from data.loader import Loader
+from data.source import Source
+from train import meter
+from train.checkpoint import Checkpoints
+from train.config import Config
+from train.engines.torch import Engine, Step
+from train.metrics import Metrics
+from train.phases import Stretch, stretches
+from train.ranks import Ranks
+from train.stop import StopRequest
+
+log = logging.getLogger("keyhole")
+
+DONE, INTERRUPTED = 0, 75
+
+
+class Diverged(Exception):
+    """A loss or gradient that is not finite: one sentence with the step and the batch."""
+
+
+@dataclass
+class Run:
+    """Everything a run holds while it trains. step: updates made."""
+
+    config: Config
+    ranks: Ranks
+    engine: Engine
+    train_source: Source
+    validation_source: Source | None
+    checkpoints: Checkpoints
+    stop: StopRequest
+    metrics: Metrics | None
+    learning_rate: float
+    step: int = 0
+    flops_per_token: dict[int, float] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs; where the data stands follows from the step."""
+        return {**self.engine.state(), "progress": {"step": self.step}}
+
+
+def train(run: Run) -> int:
+    """Run to the last step, or until asked to stop. Returns the exit code. Raises Diverged."""
+    config, total = run.config, run.config.train.steps
+    pending: Pending | None = None
+    for stretch in stretches(config.train, run.learning_rate):
+        if run.step >= stretch.stop:
+            continue
+        with _loader(run, stretch).stream(stretch.consumed(run.step), stretch.rows) as batches:
+            while run.step < stretch.stop:
+                clock = meter.Clock(run.ranks.device)
+                batch = next(batches)
+                clock.mark("data")
+                rate = stretch.learning_rate * config.schedule.rate(run.step, total)
+                result = run.engine.step(batch, rate, clock)
+                run.step += 1
+
+                # the step before is read now that this one is under way, so that the device never waits for the host
+                if pending is not None:
+                    pending.finish(run)
+                pending = Pending(run.step, stretch, batch, rate, result, clock)
+
+                stopping = run.stop.agreed()
+                saving = stopping or run.step % config.checkpoint.every == 0 or run.step == total
+                validating = run.step == total or (config.evaluate.every and run.step % config.evaluate.every == 0)
+                if saving or validating:
+                    pending.finish(run)
+                    pending = None
+                if saving:
+                    save(run, clock, wait=stopping or run.step == total)
+                if validating and not stopping:
+                    validate(run, stretch)
+                if stopping and run.step < total:
+                    log.info("asked to stop by %s: saved step %d; the same command resumes", run.stop.reason, run.step)
+                    return INTERRUPTED
+    run.checkpoints.wait()
+    return DONE
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    stretch: Stretch
+    batch: Batch
+    rate: float
+    result: Step
+    clock: meter.Clock
+    began: float = field(default_factory=time.perf_counter)
+
+    def finish(self, run: Run) -> None:
+        """Read the numbers, refuse those that are not finite, write them down. Raises Diverged."""
+        loss, extra, norm = (float(value) for value in (self.result.loss, self.result.extra, self.result.grad_norm))
+        tokens = self.stretch.rows * self.stretch.sequence_length
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = self.stretch.consumed(self.step - 1)
+            raise Diverged(
+                f"the loss ({loss}) or the gradient norm ({norm}) is not finite at step {self.step}, "
+                f"samples {first} to {first + self.stretch.rows - 1}, batch {self.batch.digest}; "
+                "the last checkpoint is from before it."
+            )
+        seconds = self.clock.seconds()
+        record: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.stretch.tokens_at(self.step),
+            "loss": loss,
+            "lr": self.rate,
+            "grad_norm": norm,
+            "tokens_per_second": tokens / max(sum(seconds.values()), 1e-9),
+            "extra": extra,
+            "batch": self.batch.digest,
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "peak_memory": meter.peak_memory(run.ranks.device),
+        }
+        peak = meter.peak_flops(run.ranks.device)
+        if peak is not None:
+            length = self.stretch.sequence_length
+            if length not in run.flops_per_token:
+                run.flops_per_token[length] = meter.training_flops_per_token(run.engine.model, length)
+            rate = record["tokens_per_second"] / run.ranks.world_size
+            record["mfu"] = rate * run.flops_per_token[length] / peak
+        if self.result.loads is not None:
+            loads = self.result.loads.double()
+            record["load"] = (loads.amax(1) / loads.mean(1)).tolist()
+        if run.metrics is not None:
+            run.metrics.write(record)
+            run.metrics.progress(record)
+
+
+def save(run: Run, clock: meter.Clock, *, wait: bool) -> None:
+    """Checkpoint this step; only the copy to the host is waited for, unless the run is about to end."""
+    run.checkpoints.save(run.step, run.state(), wait=wait)
+    clock.mark("save")
+    if run.metrics is not None:
+        run.metrics.write({"step": run.step, "seconds_save": clock.seconds()["save"]})
+
+
+def validate(run: Run, stretch: Stretch) -> None:
+    """Held-out loss on the same windows each time."""
+    source = run.validation_source
+    if source is None:
+        return
+    loader = Loader(
+        source,
+        sequence_length=stretch.sequence_length,
+        seed=0,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+    )
+    rows = run.config.train.micro_batch * run.ranks.world_size
+    result = run.engine.evaluate(loader.fixed(run.config.evaluate.samples, rows))
+    record: dict[str, Any] = {"step": run.step, "val_loss": result.loss, "val_accuracy": result.accuracy}
+    if source.bytes_per_token:
+        record["val_bpb"] = result.loss / math.log(2) / source.bytes_per_token
+    if run.metrics is not None:
+        run.metrics.write(record)
+    log.info("step %d  validation  %s", run.step, "  ".join(f"{k[4:]} {v:.4f}" for k, v in record.items() if k != "step"))
+
+
+def _loader(run: Run, stretch: Stretch) -> Loader:
+    return Loader(
+        run.train_source,
+        sequence_length=stretch.sequence_length,
+        seed=run.config.data.seed,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+    )
+
+

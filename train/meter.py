@@ -1,0 +1,66 @@
+"""Where the time goes: seconds by activity, tokens per second, model FLOPs utilisation, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+from models import cost
+from models.model import Model
+
+PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12, "NVIDIA B200": 2250e12}
+"""Dense bf16 multiply-adds ×2 per second, from the vendors' data sheets, by the beginning of the device's name."""
+
+
+class Clock:
+    """Seconds between marks of one step. On a GPU marks are events on its stream: nothing waits until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("start", self._now())]
+
+    def mark(self, name: str) -> None:
+        """What was done since the last mark was `name`."""
+        self.marks.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """By activity; waits for the device to reach the last mark."""
+        spent: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
+            if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
+                after.synchronize()
+                duration = before.elapsed_time(after) / 1000
+            else:
+                assert isinstance(before, float) and isinstance(after, float)
+                duration = after - before
+            spent[name] = spent.get(name, 0.0) + duration
+        return spent
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def training_flops_per_token(model: Model, sequence_length: int) -> float:
+    """Forward and backward (twice the forward) of a whole window, causal pairs only, per token."""
+    return 3.0 * cost.flops(model, sequence_length, sequence_length).total / sequence_length
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device; None where it is not known, and utilisation is not reported."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

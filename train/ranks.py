@@ -1,0 +1,100 @@
+"""Who this process is among the ranks, however it was started: alone, by torchrun, or as a task of srun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from conf.schema import Refused
+from train.config import RunSection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """device: of this rank. host_group: a gloo group for small host values, never waiting for the device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something that may be refused on some ranks alone; if it is on any, it is on all, and nobody waits."""
+        result: T | None = None
+        refused: str | None = None
+        try:
+            result = action()
+        except Refused as refusal:
+            refused = str(refusal)
+        answers: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(answers, refused, group=self.host_group)
+        for sentence in answers:
+            if sentence is not None:
+                raise Refused(sentence)
+        return cast(T, result)
+
+
+def join(run: RunSection) -> Ranks:
+    """Meet the other ranks. Raises Refused where a GPU was asked for and there is none."""
+    rank, world_size, local_rank = _identity()
+    device = _device(run, local_rank)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=10)
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def leave() -> None:
+    """Part from the other ranks; harmless if never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _identity() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine). torchrun says it in its variables; srun in SLURM's, which are translated."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    # a batch script has SLURM's variables too, but is no step: only tasks of srun are ranks
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+        return rank, world_size, int(os.environ["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def _first_host(nodes: str) -> str:
+    if "[" not in nodes:
+        return nodes.partition(",")[0]
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _device(run: RunSection, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if run.device == "cuda" and not available:
+        raise Refused("run.device is cuda, but PyTorch finds no GPU here; use run.device=cpu or another machine.")
+    if run.device == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

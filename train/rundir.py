@@ -1,0 +1,182 @@
+"""The run directory: one process at a time, the resolved configuration, the code and machine it ran with, its log."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from conf.schema import Refused
+from train.config import Config
+from train.ranks import Ranks
+
+CODE = Path(__file__).parents[1]
+PACKAGES = ("train", "models", "parallel", "data", "launch", "conf")
+MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "train.steps", "train.micro_batch",
+              "train.recompute", "train.compile", "train.core", "train.init")  # fmt: skip
+"""What may differ when a run is resumed: how it is run and for how long, not what it computes."""
+
+log = logging.getLogger("keyhole")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory for this run; rank 0 only. Raises Refused while another process holds it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = open(directory / ".lock", "a+")  # noqa: SIM115 - held for the whole run
+    except OSError as error:
+        raise Refused(f"run.dir {directory} cannot be written ({error.strerror}); choose another directory.") from None
+    with handle:
+        try:
+            # released by the system when the process ends, however it ends
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise Refused(
+                f"run.dir {directory} is in use by {handle.read().strip() or 'another process'}; "
+                "wait for it to end, or choose another directory."
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
+
+
+def settle(directory: Path, config: Config, ranks: Ranks) -> None:
+    """Write what the run is, or check that it is the run that is already here; rank 0 only.
+
+    Raises Refused where a resumed run would compute something else than it did.
+    """
+    file = directory / "config.yaml"
+    values = asdict(config)
+    if file.exists():
+        refuse_changes(_read_yaml(file), values, directory)
+    environment = describe_environment(config, ranks)
+    earlier = directory / "environment.json"
+    if earlier.exists():
+        _tell_differences(json.loads(earlier.read_text()), environment)
+    write_whole(file, yaml.safe_dump(values, sort_keys=False))
+    write_whole(earlier, json.dumps(environment, indent=1))
+    _snapshot_code(directory / "code.tar.gz")
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    """Raises Refused naming the first setting that differs and must not."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+            raise Refused(
+                f"{directory} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}; "
+                "take the old value back, or choose another run.dir (train.init= starts from this run's weights)."
+            )
+
+
+def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its configuration."""
+    packages = ("torch", "numpy", "hydra-core", "datasets", "megatron-core", "triton", "flash-attn", "flash-attn-4")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor()
+    return {
+        "layout": {"ranks": ranks.world_size, "threads": torch.get_num_threads(), "device": device},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": versions,
+        "code": _revision(),
+        "command": sys.argv,
+        "core": config.train.core,
+    }
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write aside, then rename: a reader sees the old text or the new one."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def start_log(directory: Path, ranks: Ranks) -> None:
+    """Rank 0 logs to the terminal and to log.txt; the others log warnings to the terminal."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if ranks.first:
+        file = logging.FileHandler(directory / "log.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+    else:
+        terminal.setLevel(logging.WARNING)
+
+
+def _tell_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = dict(_flat(before)), dict(_flat(now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith("command"):
+            log.info("resumed with another %s: %s, before %s; losses may differ in the last digits", key, new.get(key), old.get(key))  # fmt: skip
+
+
+def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            yield from _flat(value, f"{path}[{index}]")
+    else:
+        yield path, values
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise Refused(f"{file} cannot be read ({type(error).__name__}); repair it, or choose another run.dir.") from None
+    if not isinstance(values, dict):
+        raise Refused(f"{file} holds no configuration; repair it, or choose another run.dir.")
+    return values
+
+
+def _revision() -> dict[str, Any] | None:
+    try:
+        git = ["git", "-C", str(CODE)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "changed": bool(changed.strip())}
+
+
+def _snapshot_code(file: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for package in PACKAGES:
+            for path in sorted((CODE / package).rglob("*")):
+                if path.suffix in (".py", ".yaml"):
+                    archive.add(path, str(path.relative_to(CODE)))
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_bytes(buffer.getvalue())
+    aside.replace(file)
