@@ -26,7 +26,7 @@ test: lint
 	$(PYTHON) -m pytest --whole --numprocesses logical --dist worksteal
 
 smoke: $(READY)
-	$(PYTHON) -m launch smoke
+	$(PYTHON) -m pytest tests/test_gpu.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -1,7 +1,7 @@
 """From the command line to one resolved configuration: Hydra composes, every mistake becomes one sentence.
 
-Group default < experiment < command line. Overrides follow Hydra's grammar; a value whose key does not exist reaches the
-schema, which names the nearest key, instead of Hydra's own message.
+Group default < experiment < command line. Overrides follow Hydra's grammar; a value whose key does not exist reaches
+the schema, which names the nearest key, instead of Hydra's own message.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
         _refuse_unread(config, parsed)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise Refused(f"the configuration cannot be composed: {_first_line(error)}") from None
+        raise Refused(f"the configuration cannot be composed: {_first_line(error)}.") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in SECTIONS}
 
@@ -63,6 +63,10 @@ def _prepare(override: Override) -> str:
     """Check the choice of a group; let the value of any other key through, to be checked with the whole."""
     line = override.input_line or ""
     key = override.key_or_group
+    if override.is_sweep_override():
+        raise Refused(f"{line} gives several values, but this is one run; `python -m launch sweep` starts many.")
+    if key.partition(".")[0] == "hydra":
+        raise Refused(f"{line} is not read: Hydra only composes the configuration; run.dir names a run's directory.")
     if key in groups():
         choice = override.value()
         if isinstance(choice, str) and choice not in choices(key):

@@ -1,8 +1,8 @@
 """From a mapping (YAML, Hydra) to the dataclass that owns it, checked.
 
 Hydra accepts an unknown key behind `+` and text where a number belongs; a run must not. `build` reads a mapping into a
-dataclass and refuses, in one sentence, a key that nobody reads (naming the nearest right one), a missing key and a wrong
-type. Every floor of the house may import this file; it imports only the standard library.
+dataclass and refuses, in one sentence, a key that nobody reads (naming the nearest right one), a missing key and a
+wrong type. Every floor of the house may import this file; it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def build(owner: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return owner(**arguments)
     except ValueError as error:
-        raise Refused(f"{where}: {error}" if where else str(error)) from None
+        sentence = f"{str(error).rstrip('.')}."
+        raise Refused(f"{where}: {sentence}" if where else sentence) from None
 
 
 def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
@@ -110,7 +111,9 @@ def _read_union(hint: Any, value: Any, where: str) -> Any:
             return _read(option, value, where)
         except Refused as refusal:
             refusals.append(refusal)
-    raise refusals[0] if len(refusals) == 1 else Refused(f"{where} is {_show(value)}, but {_type_name(hint)} is needed.")
+    raise (
+        refusals[0] if len(refusals) == 1 else Refused(f"{where} is {_show(value)}, but {_type_name(hint)} is needed.")
+    )
 
 
 def _read_scalar(hint: Any, value: Any, where: str) -> Any:

@@ -21,7 +21,8 @@ class Batch:
     document:        [B, S] int32, index of the document piece within its row: 0, 1, 2, …
     scored:          number of targets at distance 1 that are not IGNORE.
     single_document: every row is one document piece, so that plain causal attention is right.
-    digest:          hash of the windows in it (tokens and document borders), to compare the order of data.
+    digest:          which samples it holds and what is in them, 16 hexadecimal digits. The shares of a global batch
+                     have digests that add up, modulo 2^64, to the same sum for any number of ranks.
     """
 
     ids: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -73,64 +74,84 @@ class BenchPrepare:
 
 
 def bench_prepare(request: BenchPrepare) -> str:
-    """Two lines of seconds. Each run is a fresh process and an empty folder, so neither profits from a cache."""
-    runs: dict[str, list[dict[str, float]]] = {"prepare": [], "datasets.map": []}
+    """Seconds of each from a fresh process and an empty folder, so that neither profits from a cache."""
+    runs: dict[str, list[Stages]] = {"prepare": [], "datasets": []}
     for _ in range(request.repeats):
         for name, measured in runs.items():
             measured.append(_fresh_process(name, request))
-    tokens = {int(run["tokens"]) for measured in runs.values() for run in measured}
+    tokens = {int(run.pop("tokens")[0]) for measured in runs.values() for run in measured}
     if len(tokens) != 1:
         raise RuntimeError(f"the two did not make as many tokens: {sorted(tokens)}")
-    count = tokens.pop()
-    lines = [f"{count:,} tokens, {request.processes} processes, medians of {request.repeats} runs"]
+    lines = [f"{tokens.pop():,} tokens, {request.processes} processes, medians of {request.repeats} runs"]
     for name, measured in runs.items():
-        seconds = {key: statistics.median(run[key] for run in measured) for key in ("imports", "load", "work")}
-        parts = ", ".join(f"{key} {value:.2f} s" for key, value in seconds.items())
-        lines.append(f"{name:13} {parts}; {count / seconds['work'] / 1e6:.2f} M tokens a second of work")
+        stages = []
+        for stage in measured[0]:
+            wall, cpu = (statistics.median(run[stage][i] for run in measured) for i in range(2))
+            stages.append(f"{stage} {wall:.2f} s (cpu {cpu:.2f} s)")
+        lines.append(f"{name:9} {', '.join(stages)}")
     return "\n".join(lines)
 
 
-def _fresh_process(name: str, request: BenchPrepare) -> dict[str, float]:
+Stages = dict[str, tuple[float, float]]  # seconds by the wall, seconds of all processes' CPU
+
+
+def _fresh_process(name: str, request: BenchPrepare) -> Stages:
     arguments = [sys.executable, "-m", "data.bench", name, json.dumps(dataclasses.asdict(request))]
     return json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def _time_prepare(request: BenchPrepare) -> dict[str, float]:
-    """Reading the text is part of the work; only the import of megatron-core is timed apart."""
-    clock = [time.perf_counter()]
+class _Clock:
+    """Seconds between laps. CPU seconds count workers that have ended, and do not grow when others use the machine."""
+
+    def __init__(self) -> None:
+        self.stages: Stages = {}
+        self._last = self._now()
+
+    def lap(self, stage: str) -> None:
+        now = self._now()
+        self.stages[stage] = (now[0] - self._last[0], now[1] - self._last[1])
+        self._last = now
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        return time.perf_counter(), sum(sum(resource.getrusage(each)[:2]) for each in who)
+
+
+def _time_prepare(request: BenchPrepare) -> Stages:
+    """`import` is megatron-core's, which a run does while its workers tokenize; `work` is the rest, with reading."""
+    clock = _Clock()
     indexed_dataset()
-    clock.append(time.perf_counter())
+    clock.lap("import")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "corpus")
         prepare(
             Prepare(request.source, str(out), request.tokenizer, request.end_of_document, processes=request.processes)
         )
-        clock.append(time.perf_counter())
+        clock.lap("work")
         splits = Manifest.read(out).splits.values()
-    imports, work = np.diff(clock)
-    return {"imports": imports, "load": 0.0, "work": work, "tokens": sum(split.tokens for split in splits)}
+    return clock.stages | {"tokens": (sum(split.tokens for split in splits), 0)}
 
 
-def _time_map(request: BenchPrepare) -> dict[str, float]:
-    """`load` turns files into Arrow; `work` is `map` alone."""
+def _time_datasets(request: BenchPrepare) -> Stages:
+    """`load` turns files into Arrow; `map` is that alone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    clock = [time.perf_counter()]
+    clock = _Clock()
     import datasets
 
     datasets.disable_progress_bars()
-    clock.append(time.perf_counter())
+    clock.lap("import")
     with tempfile.TemporaryDirectory() as folder:
         files = [file.path for file in list_files(request.source)]
         loaded = datasets.load_dataset(
             "text", data_files=files, sample_by="document", split="train", cache_dir=folder, keep_linebreaks=True
         )
-        clock.append(time.perf_counter())
+        clock.lap("load")
         encode = _Encode(request.tokenizer, request.end_of_document)
         mapped = loaded.map(encode, batched=True, remove_columns=["text"], num_proc=request.processes)
-        clock.append(time.perf_counter())
+        clock.lap("map")
         tokens = sum(mapped["length"])
-    imports, load, work = np.diff(clock)
-    return {"imports": imports, "load": load, "work": work, "tokens": tokens}
+    return clock.stages | {"tokens": (tokens, 0)}
 
 
 @dataclass(frozen=True)
@@ -150,5 +171,5 @@ class _Encode:
 
 
 if __name__ == "__main__":  # one timed run, in its own process
-    timed = {"prepare": _time_prepare, "datasets.map": _time_map}[sys.argv[1]]
+    timed = {"prepare": _time_prepare, "datasets": _time_datasets}[sys.argv[1]]
     print(json.dumps(timed(BenchPrepare(**json.loads(sys.argv[2])))))

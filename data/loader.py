@@ -60,7 +60,7 @@ class Loader:
         """This rank's share of samples [consumed, consumed + num_samples). Raises Refused where shares are uneven."""
         share = self._share(num_samples)
         first = consumed + self.rank * share
-        return self._assemble([self._window(index) for index in range(first, first + share)])
+        return self._assemble(range(first, first + share))
 
     def stream(self, consumed: int, num_samples: int) -> Stream:
         """`batch` for ever, `num_samples` at a time from `consumed` on, made ahead by a background thread."""
@@ -82,7 +82,7 @@ class Loader:
             first = begin + self.rank * share
             indices = range(first, first + share)
             inputs = [self._inputs(index) if index < end else 0 for index in indices]
-            yield self._assemble([self._window(index) for index in indices], np.array(inputs))
+            yield self._assemble(indices, np.array(inputs))
 
     @property
     def num_windows(self) -> int | None:
@@ -107,9 +107,10 @@ class Loader:
             return self.sequence_length
         return min(self.source.num_tokens - index * self.sequence_length, self.sequence_length)
 
-    def _assemble(self, windows: list[Window], inputs: NDArray[np.integer] | None = None) -> Batch:
+    def _assemble(self, indices: range, inputs: NDArray[np.integer] | None = None) -> Batch:
         """`inputs` [B]: in each row the targets of only the first so many inputs count; None: all."""
         S = self.sequence_length
+        windows = [self._window(index) for index in indices]
         tokens = np.stack([w.tokens for w in windows]).astype(np.int64, copy=False)
         if tokens.max() >= self.source.vocab or tokens.min() < 0:
             raise ValueError(
@@ -135,7 +136,7 @@ class Loader:
             document=torch.from_numpy(np.ascontiguousarray(document[:, :S])),
             scored=int(np.count_nonzero(targets[0] != IGNORE)),
             single_document=bool((document[:, S - 1] == 0).all()),
-            digest=_digest(tokens, windows),
+            digest=_digest(indices, tokens, windows),
         )
 
 
@@ -208,8 +209,12 @@ def _may_count(windows: list[Window], shape: tuple[int, ...]) -> NDArray[np.bool
     return np.stack([np.ones(shape[1], np.bool_) if w.scored is None else w.scored for w in windows])
 
 
-def _digest(tokens: NDArray[np.int64], windows: list[Window]) -> str:
-    digest = hashlib.blake2b(np.ascontiguousarray(tokens).data, digest_size=16)
-    for window in windows:
+def _digest(indices: range, tokens: NDArray[np.int64], windows: list[Window]) -> str:
+    """See Batch.digest."""
+    total = 0
+    for index, row, window in zip(indices, np.ascontiguousarray(tokens), windows, strict=True):
+        digest = hashlib.blake2b(row.data, digest_size=8)
         digest.update(window.starts.tobytes())
-    return digest.hexdigest()
+        digest.update(index.to_bytes(8, "little"))
+        total += int.from_bytes(digest.digest(), "little")
+    return f"{total % 2**64:016x}"

@@ -38,7 +38,7 @@ class Manifest:
     """A prepared corpus.
 
     source:          in words.
-    source_sha256:   hash over every byte of text that was read, skipped documents included.
+    source_digest:   hash of every byte that was read, skipped documents included, with its file and place.
     settings:        what decides its bytes; the files by a hash of their names and sizes, the tokenizer by its own.
     vocab:           token ids are below it.
     end_of_document: the id that ends each document.
@@ -46,7 +46,7 @@ class Manifest:
     """
 
     source: str
-    source_sha256: str
+    source_digest: str
     settings: dict[str, Any]
     vocab: int
     end_of_document: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.split import HeldOut
-from data.text import Piece, read_documents
+from data.text import Digest, Piece, read_documents
 from data.tokenizer import Tokenizer, open_tokenizer
 
 SPLITS = ("train", "valid")
+FORMAT = 1  # of a part's file; another one makes parts anew
 BATCH = 1 << 20  # characters handed to the tokenizer at once
 
 
@@ -41,7 +41,7 @@ class Part:
     lengths: dict[str, NDArray[np.int32]]
     bytes: dict[str, int]
     skipped: Counter[str]
-    source_sha256: str
+    source_digest: int
 
     @staticmethod
     def read(path: Path) -> Part:
@@ -52,7 +52,7 @@ class Part:
                 lengths={split: stored[f"{split}_lengths"] for split in SPLITS},
                 bytes=facts["bytes"],
                 skipped=Counter(facts["skipped"]),
-                source_sha256=facts["source_sha256"],
+                source_digest=facts["source_digest"],
             )
 
 
@@ -67,7 +67,7 @@ def make_part(job: Job) -> Path:
         return job.path
     tokenizer = open_tokenizer(job.tokenizer, job.end_of_document)
     skipped: Counter[str] = Counter()
-    digest = hashlib.sha256()
+    digest = Digest()
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for piece in job.pieces:
         for offset, text in read_documents(piece, job.text_key, skipped, digest):
@@ -78,7 +78,7 @@ def make_part(job: Job) -> Path:
     facts = {
         "bytes": {split: sum(len(text.encode()) for text in texts[split]) for split in SPLITS},
         "skipped": skipped,
-        "source_sha256": digest.hexdigest(),
+        "source_digest": digest.total,
     }
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
     aside = job.path.with_suffix(f".{os.getpid()}.tmp")

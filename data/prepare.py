@@ -14,28 +14,24 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from conf.schema import Refused
 from data import manifest as manifests
-from data.manifest import Manifest, Split, sha256
-from data.megatron import indexed_dataset
-from data.part import SPLITS, Job, Part, make_part, token_type
+from data.join import join
+from data.manifest import Manifest
+from data.part import FORMAT, SPLITS, Job, make_part
 from data.split import By, HeldOut
-from data.text import cut, describe, list_files, listing
+from data.text import File, cut, describe, list_files, listing
 from data.tokenizer import Tokenizer, open_tokenizer
-from data.workers import start_worker, usable_cores
+from data.workers import start_worker, usable_cores, worker_context
 
 WHOLE = "whole"  # the corpus while it is being joined
 
@@ -70,30 +66,43 @@ def prepare(request: Prepare) -> str:
     Raises Refused where the input cannot be used or OUT holds something else, OSError where the disk fails.
     """
     out = Path(request.out)
+    _check_place(out, Path(request.source))
     tokenizer = open_tokenizer(request.tokenizer, request.end_of_document)
-    tokenizer.end_of_document  # noqa: B018  refuses here, before anything is written
-    if Path(request.source).is_dir() and out.resolve().is_relative_to(Path(request.source).resolve()):
-        raise Refused(f"out {out} lies inside the source {request.source} and would become part of it; choose another.")
     files = list_files(request.source)
     settings = _settings(request, tokenizer, listing(files))
-    if out.exists() and not _is_empty_folder(out):
+    if _is_taken(out):
         return _already_there(out, settings)
-    held_out = HeldOut.choose(request.held_out, request.held_out_by, [file.name for file in files])
     with _workplace(out) as work:
-        if out.exists() and not _is_empty_folder(out):  # finished by another process since
+        if _is_taken(out):  # by another process, a moment ago
             return _already_there(out, settings)
-        folder = _parts_folder(work, settings | {"modified": [file.modified for file in files]})
-        jobs = [
-            Job(pieces, folder / f"{i:06d}.npz", request.tokenizer, request.end_of_document, request.text_key, held_out)
-            for i, pieces in enumerate(cut(files))
-        ]
+        jobs = _jobs(request, files, settings, work)
         whole = work / WHOLE
         with closing(_make_parts(jobs, request.processes)) as parts:
-            made = _join(parts, whole, tokenizer, settings, describe(request.source))
+            made = join(parts, whole, tokenizer, settings, describe(request.source))
         if made.splits["train"].documents == 0:
             raise Refused(f"{request.source} holds no document to train on: {_counts(made)}.")
         os.rename(whole, out)
     return f"{out}: {_counts(made)}."
+
+
+def _check_place(out: Path, source: Path) -> None:
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise Refused(f"out {out} lies inside the source {source} and would become part of it; choose another.")
+    for above in out.parents:
+        if above.exists() and not above.is_dir():
+            raise Refused(f"{above} is not a folder, so {out} cannot be made in it; choose another out.")
+
+
+def _jobs(request: Prepare, files: list[File], settings: dict[str, Any], work: Path) -> list[Job]:
+    """The parts to make, in a folder that is this plan's alone."""
+    held_out = HeldOut.choose(request.held_out, request.held_out_by, [file.name for file in files])
+    parts = cut(files)
+    pieces = [[astuple(piece) for piece in part] for part in parts]
+    folder = _parts_folder(work, [FORMAT, settings, [file.modified for file in files], pieces])
+    return [
+        Job(part, folder / f"{i:06d}.npz", request.tokenizer, request.end_of_document, request.text_key, held_out)
+        for i, part in enumerate(parts)
+    ]
 
 
 def _settings(request: Prepare, tokenizer: Tokenizer, files: str) -> dict[str, Any]:
@@ -144,10 +153,10 @@ def _workplace(out: Path) -> Iterator[Path]:
         except BaseException as error:
             error.add_note(f"Finished parts are kept in {work}; the same command goes on from there.")
             raise
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # out is there; a rest of this is swept away by the next run
 
 
-def _parts_folder(work: Path, plan: dict[str, Any]) -> Path:
+def _parts_folder(work: Path, plan: list[Any]) -> Path:
     """Where the parts of this plan are: those that an interrupted run made are used again.
 
     A plan has a folder of its own, so that a worker which outlives its killed parent for a moment cannot leave a part
@@ -170,8 +179,7 @@ def _parts_folder(work: Path, plan: dict[str, Any]) -> Path:
 def _make_parts(jobs: list[Job], processes: int) -> Generator[Path]:
     """The parts in order, made by worker processes while the caller uses those before."""
     bar = tqdm(total=sum(map(_size, jobs)), unit="B", unit_scale=True, desc="prepare", disable=None)
-    # Spawned, not forked: a fork of a process with threads may hang.
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), start_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), worker_context(), start_worker)
     try:
         futures = [pool.submit(make_part, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
@@ -186,75 +194,9 @@ def _size(job: Job) -> int:
     return sum(piece.end - piece.begin for piece in job.pieces)
 
 
-def _join(parts: Iterator[Path], whole: Path, tokenizer: Tokenizer, settings: dict[str, Any], source: str) -> Manifest:
-    """Write the token files and the manifest into `whole` and flush them to disk."""
-    if whole.exists():
-        shutil.rmtree(whole)
-    whole.mkdir()
-    first = next(parts)  # the workers are busy while megatron-core is imported
-    builder = indexed_dataset().IndexedDatasetBuilder
-    kind = token_type(tokenizer.vocab)
-    builders = {split: builder(str(whole / f"{split}.bin"), dtype=kind) for split in SPLITS}
-    frequencies = {split: np.zeros(tokenizer.vocab, np.int64) for split in SPLITS}
-    counts = {split: Counter[str]() for split in SPLITS}
-    skipped: Counter[str] = Counter()
-    source_digest = hashlib.sha256()
-    for path in _chain(first, parts):
-        part = Part.read(path)
-        skipped += part.skipped
-        source_digest.update(part.source_sha256.encode())
-        for split in SPLITS:
-            tokens, lengths = part.tokens[split], part.lengths[split]
-            for document, length in zip(np.split(tokens, np.cumsum(lengths)[:-1]), lengths.tolist(), strict=False):
-                builders[split].add_document(document, [length])
-            frequencies[split] += np.bincount(tokens, minlength=tokenizer.vocab)
-            counts[split].update(documents=len(lengths), bytes=part.bytes[split])
-    splits = {}
-    for split in SPLITS:
-        builders[split].finalize(str(whole / f"{split}.idx"))
-        splits[split] = _facts(whole, split, counts[split], frequencies[split])
-    made = Manifest(
-        source=source,
-        source_sha256=source_digest.hexdigest(),
-        settings=settings,
-        vocab=tokenizer.vocab,
-        end_of_document=tokenizer.end_of_document,
-        splits=splits,
-        skipped=dict(sorted(skipped.items())),
-    )
-    made.write(whole)
-    for file in whole.iterdir():
-        _flush(file)
-    return made
-
-
-def _chain(first: Path, rest: Iterator[Path]) -> Iterator[Path]:
-    yield first
-    yield from rest
-
-
-def _facts(whole: Path, split: str, counts: Counter[str], frequencies: NDArray[np.int64]) -> Split:
-    bin_path, idx_path = whole / f"{split}.bin", whole / f"{split}.idx"
-    tokens = int(frequencies.sum())
-    shares = frequencies[frequencies > 0] / max(tokens, 1)
-    return Split(
-        documents=counts["documents"],
-        tokens=tokens,
-        bytes=counts["bytes"],
-        unigram_entropy=float(-(shares * np.log(shares)).sum()) + 0.0,
-        bin_bytes=bin_path.stat().st_size,
-        idx_bytes=idx_path.stat().st_size,
-        sha256=sha256(bin_path, idx_path),
-    )
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _is_taken(out: Path) -> bool:
+    """Whether there is something other than an empty folder."""
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
 
 
 def _counts(made: Manifest) -> str:

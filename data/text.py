@@ -97,7 +97,7 @@ def listing(files: Iterable[File]) -> str:
 
 def cut(files: list[File]) -> list[list[Piece]]:
     """Parts of work of about equal size, that depend on the files alone and not on how many processes there are."""
-    size = min(max(sum(f.size for f in files) // 256, 1 << 20), 64 << 20)
+    size = min(max(sum(f.size for f in files) // 256, 256 << 10), 64 << 20)
     parts: list[list[Piece]] = [[]]
     filled = 0
     for file in files:
@@ -114,16 +114,26 @@ def cut(files: list[File]) -> list[list[Piece]]:
     return parts
 
 
-def read_documents(
-    piece: Piece, text_key: str, skipped: Counter[str], digest: hashlib._Hash
-) -> Iterator[tuple[int, str]]:
+class Digest:
+    """The sum over records of a hash of each with its file and place: the same however the files are cut."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def add(self, name: str, offset: int, record: bytes) -> None:
+        digest = hashlib.blake2b(os.fsencode(f"{name}\0{offset}\0"), digest_size=16)
+        digest.update(record)
+        self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**128
+
+
+def read_documents(piece: Piece, text_key: str, skipped: Counter[str], digest: Digest) -> Iterator[tuple[int, str]]:
     """Each document of a piece with the offset in the file at which it begins.
 
     What is left out is counted in `skipped` by rule, except blank lines of JSONL, which are no documents. Every byte
     read goes into `digest`. A byte-order mark at the start of a file is no text.
     """
     for offset, raw in _records(piece):
-        digest.update(raw)
+        digest.add(piece.name, offset, raw)
         try:
             text = raw.decode("utf-8-sig" if offset == 0 else "utf-8")
             if piece.is_lines:

@@ -1,11 +1,13 @@
-"""Worker processes: how many, and what each does first."""
+"""Worker processes: how many, how they come to be, and what each does first."""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
-import time
+from multiprocessing.context import BaseContext
 
 
 def usable_cores() -> int:
@@ -13,17 +15,29 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_worker(parent: int) -> None:
+def worker_context() -> BaseContext:
+    """Workers are forked from a small process made for that, which has what they need imported and no threads.
+
+    A fork of this process, which may have threads, could hang; a fresh interpreter for each would import anew.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.part", "tokenizers"])
+    return context
+
+
+def start_worker() -> None:
     """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone.
 
-    A pool's workers hold both ends of its pipes, so a parent that was killed leaves them waiting for ever.
+    A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+    gone = parent.sentinel
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        multiprocessing.connection.wait([gone])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.contract import Attention, Sequence
+from models.contract import Attention, FeedForward, Sequence
 from models.norm import RMSNorm
 from models.stream import Report, Stream
 
@@ -41,7 +41,7 @@ class AttentionSublayer(nn.Module):
 class FeedForwardSublayer(nn.Module):
     """Norm and feed-forward; adds the feed-forward's auxiliary loss to the stream."""
 
-    def __init__(self, feedforward: nn.Module, width: int, eps: float) -> None:
+    def __init__(self, feedforward: FeedForward, width: int, eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(width, eps)
         self.feedforward = feedforward

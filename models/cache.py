@@ -1,14 +1,14 @@
 """The decode cache: exactly the entries and tails that the schemes declare, and the sequence that reads and fills them.
 
-Ragged batches: every row has its own length. The tokens in hand are left-aligned; places after a row's own tokens have the
-document NOTHING, leave nothing behind and see nothing. Entries carry their positions.
+Ragged batches: every row has its own length. The tokens in hand are left-aligned; places after a row's own tokens have
+the document NOTHING, leave nothing behind and see nothing. Entries carry their positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,15 +82,12 @@ class Store:
 class Cache:
     """What a batch of sequences has left behind, layer by layer."""
 
-    def __init__(
-        self, model: Model, num_rows: int, tokens: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> None:
-        """Room for `tokens` tokens a row. dtype of the stored numbers: the model's compute dtype unless given."""
+    def __init__(self, model: Model, num_rows: int, tokens: int, device: torch.device | str = "cpu") -> None:
+        """Room for `tokens` tokens a row, in the model's compute dtype; parts declared fp32 in at least that."""
         self.tokens = tokens
         self.length = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        dtype = dtype or model.compute_dtype
         self.stores = {
-            (layer, slot.name): Store.empty(slot, num_rows, tokens, dtype, torch.device(device))
+            (layer, slot.name): Store.empty(slot, num_rows, tokens, model.compute_dtype, torch.device(device))
             for layer, attention in enumerate(model.attentions())
             if attention.writes
             for slot in attention.slots()
@@ -146,6 +143,7 @@ class Cached:
     def __init__(self, cache: Cache, position: Tensor, document: Tensor, num_new: Tensor, layer: int = 0) -> None:
         self.cache, self.position, self.document, self.num_new, self.layer = cache, position, document, num_new, layer
         self.counts = local_counts(position)
+        self.block_masks: dict[int | None, Any] = {}
 
     def at(self, layer: int) -> Sequence:
         return Cached(self.cache, self.position, self.document, self.num_new, layer)

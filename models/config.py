@@ -81,7 +81,11 @@ def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:
     if not 0 <= writer < index:
         raise schema.Refused(f"{where}.reads is {plan.reads}, but layer {index} can only read a layer before it.")
     if before[writer].writer != writer:
-        raise schema.Refused(f"{where}.reads names layer {writer}, which writes no state; name layer {before[writer].writer}.")
+        raise schema.Refused(
+            f"{where}.reads names layer {writer}, which writes no state; name layer {before[writer].writer}."
+        )
     if type(before[writer].attention) is not type(attention):
-        raise schema.Refused(f"{where}.reads names layer {writer}, whose attention scheme is another; a state fits its own scheme.")
+        raise schema.Refused(
+            f"{where}.reads names layer {writer}, whose attention scheme is another; a state fits its own scheme."
+        )
     return Layer(attention, feedforward, writer)

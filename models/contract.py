@@ -2,13 +2,13 @@
 
     compress(x, sequence) -> query, state    the query is used now; the state is what is kept, shared, cached or sent
     attend(query, pieces, sequence) -> y     pieces: the state as `sequence.collect` returned it
-    slots() -> (Slot, ...)                   what the state is made of; the cache, the cost model, context parallelism and
-                                             serving read nothing else
+    slots() -> (Slot, ...)                   what the state is made of; the cache, the cost model, context
+                                             parallelism and serving read nothing else
     flops(queries, context, pairs)           what it costs
 
-One rule of visibility holds for every entry: it is valid, of the query's document, the last token it covers is not after
-the query, and lies less than `reach` tokens back. Everything that looks along the sequence asks the `Sequence`, so that
-training on whole rows, on shards of rows, and decoding from a cache are one code path.
+One rule of visibility holds for every entry: it is valid, of the query's document, the last token it covers is not
+after the query, and lies less than `reach` tokens back. Everything that looks along the sequence asks the `Sequence`,
+so that training on whole rows, on shards of rows, and decoding from a cache are one code path.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Slot:
     """One kind of thing that tokens leave behind.
 
     kind: an `entry` is read by queries; a `tail` holds the last rows that a compression still needs.
-    stride: tokens per entry. span: tokens that an entry covers. reach: how far back an entry is read (None: to the start).
+    stride: tokens per entry. span: tokens that an entry covers. reach: how far back an entry is read (None: to the
+    start).
     rows: length of a tail in tokens.
     """
 
@@ -71,6 +72,11 @@ class Slot:
             return self.rows
         complete = tokens // self.stride
         return complete if self.reach is None else min(complete, -(-self.reach // self.stride))
+
+    def serves(self, reader: Slot) -> bool:
+        """Whether what is kept here is what `reader` reads: the same entries, for at least as long."""
+        long_enough = self.reach is None or (reader.reach is not None and reader.reach <= self.reach)
+        return long_enough and replace(self, reach=None) == replace(reader, reach=None)
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,14 @@ class Sequence(Protocol):
 
     position, document: [B, S]. single_document: each row is one document from its start, known without a device sync.
     counts: global counts known before the forward ("tokens", "sequences"), each a scalar tensor; losses divide by them.
+    block_masks: by reach, what a core that needs its masks before the forward has prepared for these tokens.
     """
 
     position: Tensor
     document: Tensor
     single_document: bool
     counts: dict[str, Tensor]
+    block_masks: dict[int | None, Any]
 
     def at(self, layer: int) -> Sequence:
         """The same sequence seen from layer `layer`, whose state it stores."""
@@ -146,6 +154,7 @@ class Visibility:
     reach: int | None = None
     aligned: bool = False
     single_document: bool = False
+    block_mask: Any = None
 
     @classmethod
     def of(cls, entries: Entries, sequence: Sequence, reach: int | None = None) -> Visibility:
@@ -157,6 +166,7 @@ class Visibility:
             reach,
             entries.aligned,
             sequence.single_document,
+            sequence.block_masks.get(reach) if entries.aligned else None,
         )
 
     def queries(self, start: int, stop: int) -> Visibility:
@@ -192,11 +202,13 @@ def all_pairs(slot: Slot, queries: int, context: int) -> float:
 
 
 def _visible_before(slot: Slot, tokens: int) -> int:
-    """Sum over t < tokens of the entries that query t reads: min(⌊(t + 1) / stride⌋, reach / stride)."""
-    if slot.reach is None or tokens <= slot.reach:
-        blocks, rest = divmod(tokens, slot.stride)
+    """Sum over t < tokens of the entries that query t reads: those that end by t, less those that end by t − reach."""
+
+    def ended(queries: int) -> int:
+        blocks, rest = divmod(max(queries, 0), slot.stride)
         return slot.stride * blocks * (blocks - 1) // 2 + blocks * (rest + 1)
-    return _visible_before(slot, slot.reach) + (tokens - slot.reach) * (slot.reach // slot.stride)
+
+    return ended(tokens) - (0 if slot.reach is None else ended(tokens - slot.reach))
 
 
 @dataclass(frozen=True)
@@ -212,9 +224,7 @@ class Flops:
         return self.projections + self.scores + self.selection
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(
-            self.projections + other.projections, self.scores + other.scores, self.selection + other.selection
-        )
+        return Flops(self.projections + other.projections, self.scores + other.scores, self.selection + other.selection)
 
 
 class Attention(Module):
@@ -224,6 +234,7 @@ class Attention(Module):
     """
 
     writes: bool
+    core: Callable[..., tuple[Tensor, Tensor | None]]
 
     @abstractmethod
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Any, State]:
@@ -242,6 +253,26 @@ class Attention(Module):
         """Cost of `queries` new tokens, the last of a document of `context` tokens, with as few passes as needed."""
 
 
+class FeedForward(Module):
+    """What a token goes through by itself."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """x: [B, S, D], normalised. Returns y [B, S, D], auxiliary losses (each ÷ its global count) or None, a
+        report."""
+
+    @abstractmethod
+    def flops(self) -> float:
+        """Per token."""
+
+    def idle(self) -> int:
+        """Parameters that one token does not touch."""
+        return 0
+
+    def update_bias(self, load: Tensor) -> None:
+        """One step of a selection bias, if there is one; load: [E], of the whole global batch."""
+
+
 def at_tokens(sequence: Sequence, parts: dict[str, Tensor]) -> Entries:
     """One entry a token in hand; each part [B, S, *dims]."""
     return Entries(parts, sequence.position, sequence.document, aligned=True)
@@ -252,7 +283,8 @@ def _flatten(entries: Entries) -> tuple[list[Any], Any]:
 
 
 def _unflatten(leaves: Any, aligned: Any) -> Entries:
-    return Entries(*leaves, aligned)
+    parts, position, document = leaves
+    return Entries(parts, position, document, aligned)
 
 
 # Wrappers that hook a module's inputs and outputs (FSDP2, recompute, pipeline stages) see tensors only through pytrees.

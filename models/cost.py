@@ -1,4 +1,5 @@
-"""What a model costs, from what its mechanisms declare: parameters, cache bytes, bytes read, floating-point operations."""
+"""What a model costs, from what its mechanisms declare: parameters, cache bytes, bytes read, floating-point
+operations."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import torch
 from models.config import ModelConfig
 from models.contract import BYTES, Flops, PairCount, Slot, visible_pairs
 from models.model import Model
-from models.parameter import named_specs
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,9 @@ def meta(config: ModelConfig) -> Model:
 def parameters(model: Model) -> Parameters:
     """Counted on the model as it is built; routed experts count as active by top_k of E."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for name, parameter, spec in named_specs(model):
-        if spec.role == "embedding" and not model.config.tied:
-            idle += parameter.numel()
-        if spec.role in ("expert", "expert_output"):
-            moe = model.get_submodule(name.rpartition(".experts.")[0])
-            idle += parameter.numel() - parameter.numel() * moe.config.top_k // moe.config.experts  # type: ignore[union-attr]
+    idle = sum(feedforward.idle() for feedforward in model.feedforwards())
+    if not model.config.tied:
+        idle += model.embedding.weight.numel()
     return Parameters(total, total - idle)
 
 
@@ -50,7 +46,8 @@ def written_slots(model: Model) -> list[Slot]:
 
 
 def kv_bytes_per_token(model: Model) -> float:
-    """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not grow."""
+    """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not
+    grow."""
     return sum(slot_bytes(s) / s.stride for s in written_slots(model) if s.kind == "entry" and s.reach is None)
 
 
@@ -72,7 +69,8 @@ def read_bytes_per_step(model: Model, context: int) -> float:
 def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
     """Forward operations of the last `queries` tokens of one document of `context` tokens, the head included."""
     total = Flops(projections=queries * 2.0 * model.config.width * model.config.vocab)
-    for block in model.blocks:
-        total += block.attention.attention.flops(queries, context, pairs)  # type: ignore[union-attr,operator]
-        total += Flops(projections=queries * block.feedforward.feedforward.flops())  # type: ignore[union-attr,operator]
+    for attention in model.attentions():
+        total += attention.flops(queries, context, pairs)
+    for feedforward in model.feedforwards():
+        total += Flops(projections=queries * feedforward.flops())
     return total

@@ -17,6 +17,9 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
 class Linear(Module):
     """y = x Wᵀ (+ b), W: [out, in]. The weight is cast to x's dtype, unless declared fp32: then x is raised to it."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         inputs: int,
@@ -32,10 +35,10 @@ class Linear(Module):
         super().__init__()
         self.inputs, self.outputs, self.fp32 = inputs, outputs, fp32
         self.declare("weight", (outputs, inputs), axes, role, fp32=fp32, split=split)
-        self.bias: Tensor | None = None
         if bias:
-            del self.bias
             self.declare("bias", (outputs,), axes[:1], "bias", fp32=fp32)
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = full_precision(x.dtype) if self.fp32 else x.dtype
@@ -52,6 +55,8 @@ class GroupedLinear(Module):
 
     DeepSeek-V4 report (arXiv 2606.19348), grouped output projection; the groups are independent matrices.
     """
+
+    weight: Tensor
 
     def __init__(self, groups: int, inputs: int, outputs: int, role: Role = "projection") -> None:
         """inputs, outputs: of one group."""

@@ -1,11 +1,13 @@
 """Cross-entropy over chunks of tokens, forward and backward, without logits of all tokens at once.
 
-The gradient of the logits is known as soon as they are, so each chunk's part of both gradients is made in the forward and
-its logits are dropped (Liger, arXiv 2410.10989, section 3.2).
+The gradient of the logits is known as soon as they are, so each chunk's part of both gradients is made in the forward
+and its logits are dropped (Liger, arXiv 2410.10989, section 3.2).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +19,31 @@ from models.linear import full_precision
 IGNORE = -100
 """The target of a token that is not scored."""
 
-CHUNK_NUMBERS = 2**25
-"""Logits held at once: 128 MiB in fp32."""
+CHUNK_NUMBERS = 2**26
+"""Logits held at once: 256 MiB in fp32."""
 
 
 def chunk_length(num_tokens: int, vocab: int) -> int:
     """Tokens of a chunk."""
     return max(1, min(num_tokens, CHUNK_NUMBERS // vocab))
+
+
+def _loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of logits [N, V], in fp32, and its gradient in the logits' dtype."""
+    wide = logits.to(full_precision(logits.dtype))
+    scored = target != IGNORE
+    index = target.clamp_min(0)[:, None]
+    lse = torch.logsumexp(wide, -1, keepdim=True)
+    loss = ((lse - wide.gather(1, index)).squeeze(1) * scored).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == index
+    return loss, ((torch.exp(wide - lse) - hit.to(wide.dtype)) * scored[:, None]).to(logits.dtype)
+
+
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """On a GPU: one pass over the logits instead of seven. On first use, because torch.compile takes seconds to
+    load."""
+    return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -35,18 +55,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        differentiate = _fused() if hidden.is_cuda else _loss_and_gradient
         step = chunk_length(hidden.shape[0], weight.shape[0])
         for start in range(0, hidden.shape[0], step):
             rows, target = hidden[start : start + step], targets[start : start + step]
-            logits = F.linear(rows, compute).to(wide)
-            scored = target != IGNORE
-            index = target.clamp_min(0)[:, None]
-            lse = torch.logsumexp(logits, -1, keepdim=True)
-            total += ((lse - logits.gather(1, index)).squeeze(1) * scored).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = (torch.exp(logits - lse).scatter_add_(1, index, torch.full_like(lse, -1.0)) * scored[:, None])
-            grad = grad.to(hidden.dtype)
+            loss, grad = differentiate(F.linear(rows, compute), target)
+            total += loss
             if grad_hidden is not None:
                 grad_hidden[start : start + step] = grad @ compute
             if grad_weight is not None:
@@ -77,7 +91,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token: its cross-entropy in nats (0 where not scored), and whether the target has the highest logit. Both [N]."""
+    """Per token: its cross-entropy in nats (0 where not scored), and whether the target has the highest logit. Both
+    [N]."""
     losses, hits = [], []
     step = chunk_length(hidden.shape[0], weight.shape[0])
     for rows, target in zip(hidden.split(step), targets.split(step), strict=True):

@@ -1,7 +1,7 @@
 """From a plan's words to a mechanism: `scheme: x` in the section `attention` means the file `models/attention/x.py`.
 
-Nothing is registered. A mechanism file holds a dataclass `Config` whose fields are the plan's keys and whose `build` makes
-the module; putting the file into the folder is all it takes.
+Nothing is registered. A mechanism file holds a dataclass `Config` whose fields are the plan's keys and whose `build`
+makes the module; putting the file into the folder is all it takes.
 """
 
 from __future__ import annotations

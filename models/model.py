@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from conf.schema import Refused
 from models import loss, mechanism
 from models.block import AttentionSublayer, Block, FeedForwardSublayer
 from models.config import Layer, ModelConfig, resolve
-from models.contract import Attention, Sequence
+from models.contract import Attention, FeedForward, Sequence
 from models.linear import Linear
 from models.norm import RMSNorm
 from models.parameter import Module, Parametrization, named_specs
@@ -21,7 +22,8 @@ from models.stream import Report, Stream
 
 
 class Losses(NamedTuple):
-    """cross_entropy: sum over the scored tokens in hand, nats. extra: auxiliary losses, each ÷ its global count already.
+    """cross_entropy: sum over the scored tokens in hand, nats. extra: auxiliary losses, each ÷ its global count
+    already.
 
     The objective is cross_entropy ÷ global tokens + extra. reports: by layer.
     """
@@ -40,6 +42,8 @@ class Scores(NamedTuple):
 
 class Embedding(Module):
     """Rows by token id."""
+
+    weight: Tensor
 
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
@@ -79,6 +83,10 @@ class Model(nn.Module):
         """The schemes, in order of depth."""
         return [sublayer.attention for sublayer in self.attention_sublayers()]
 
+    def feedforwards(self) -> list[FeedForward]:
+        """In order of depth."""
+        return [module.feedforward for module in self.modules() if isinstance(module, FeedForwardSublayer)]
+
     def parametrization(self) -> Parametrization:
         return Parametrization(std=self.config.std, num_layers=len(self.blocks))
 
@@ -116,16 +124,17 @@ class Model(nn.Module):
         if targets is None:
             logits = F.linear(hidden, weight.to(hidden.dtype))
             return logits.float() if logits.dtype != torch.float64 else logits
-        flat = hidden.flatten(0, 1), weight, targets.flatten()
+        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if score:
-            return Scores(*(value.view_as(targets) for value in loss.score(*flat)))
-        return Losses(loss.cross_entropy(*flat), stream.extra, reports)
+            return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets)))
+        return Losses(loss.cross_entropy(flat, weight, flat_targets), stream.extra, reports)
 
     def update_router_biases(self, loads: list[Tensor | None]) -> None:
-        """One step of the selection bias of each layer that has one; loads: by layer, [E], summed over the global batch."""
-        for block, load in zip(self.blocks, loads, strict=True):
+        """One step of the selection bias of each layer that has one; loads: by layer, [E], summed over the global
+        batch."""
+        for feedforward, load in zip(self.feedforwards(), loads, strict=True):
             if load is not None:
-                block.feedforward.feedforward.update_bias(load)
+                feedforward.update_bias(load)
 
 
 def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Block:
@@ -138,11 +147,20 @@ def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Bloc
 
 
 def _mark_sharing(sublayers: list[AttentionSublayer]) -> None:
-    """Writers learn that they are read later; of each writer's readers, the last one drops the state."""
+    """Writers learn that they are read later; of each writer's readers, the last one drops the state.
+
+    Raises Refused where a layer cannot read what its writer keeps.
+    """
     last_reader: dict[int, int] = {}
     for sublayer in sublayers:
         if sublayer.writer != sublayer.layer:
             last_reader[sublayer.writer] = sublayer.layer
+            kept, read = (sublayers[at].attention.slots() for at in (sublayer.writer, sublayer.layer))
+            if not all(mine.serves(theirs) for mine, theirs in zip(kept, read, strict=True)):
+                raise Refused(
+                    f"model.layers: layer {sublayer.layer} reads layer {sublayer.writer}, whose state has other sizes "
+                    "or a shorter window; give both the same sizes, and the reader no longer a window."
+                )
     for sublayer in sublayers:
         sublayer.read_later = sublayer.layer in last_reader
         sublayer.last_reader = last_reader.get(sublayer.writer) == sublayer.layer

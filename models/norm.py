@@ -11,6 +11,8 @@ from models.parameter import Module
 class RMSNorm(Module):
     """x / rms(x) · gain over the last dim of size `size`."""
 
+    gain: Tensor
+
     def __init__(self, size: int, eps: float, axis: str = "width") -> None:
         super().__init__()
         self.eps = eps

@@ -43,6 +43,10 @@ class Rope:
     pairing: Literal["interleaved", "half"] = "half"
     yarn: Yarn | None = None
 
+    def __post_init__(self) -> None:
+        if self.base <= 1:
+            raise ValueError(f"base ({self.base}) must be above 1, so that each pair turns slower than the one before")
+
     def frequencies(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[size / 2], radians per position."""
         exponent = torch.arange(0, size, 2, dtype=dtype, device=device) / size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Whole:
         self.document = document
         self.single_document = single_document
         self.counts = counts or local_counts(position)
+        self.block_masks: dict[int | None, Any] = {}
 
     @classmethod
     def rows(cls, num_rows: int, length: int, device: torch.device | str = "cpu") -> Whole:

@@ -5,8 +5,6 @@ The model comes from the meta device, so nothing is ever whole on one rank excep
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +20,8 @@ def apply(
     """Returns the same model: sharded over `mesh`, on its device, initialised from `seed` whatever the layout."""
     model.recompute = recompute
     if compile_blocks:
+        # all blocks share one code object: each scheme, and each kind of packing, is a graph of its own
+        torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
             block.compile(fullgraph=True)
     if mesh.size() > 1:
@@ -32,7 +32,7 @@ def apply(
 
 
 def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
-    """FSDP2 (arXiv 2304.11277), or HSDP where the mesh replicates: each block a unit, embedding, norm and head the last.
+    """FSDP2 (arXiv 2304.11277), or HSDP where the mesh replicates: each block a unit, embedding, norm and head one.
 
     Parameters are gathered in their storage dtype and each module casts its own, so none declared fp32 is ever lowered.
     Gradients are summed: the loss is already divided by global counts.
@@ -52,7 +52,7 @@ def write(parameter: nn.Parameter, values: Tensor) -> None:
     if isinstance(parameter, DTensor):
         whole = values.to(device=parameter.device, dtype=parameter.dtype)
         part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(cast(DTensor, part).to_local())
+        parameter.to_local().copy_(part.to_local())
     else:
         parameter.copy_(values)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class ParallelConfig:
 
     def mesh(self, world_size: int, device_type: str) -> DeviceMesh:
         """Axes (replicate, shard). Raises ValueError where the ranks do not divide."""
+        from torch.distributed.device_mesh import init_device_mesh  # here: a configuration is read without torch
+
         if world_size % self.replicate:
             raise ValueError(
                 f"parallel.replicate is {self.replicate}, which does not divide {world_size} ranks; choose a divisor"

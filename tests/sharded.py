@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from models.contract import NOTHING, Entries, Pieces, Sequence, Slot, State
 from models.sequence import Whole
 
 Form = Literal["gathered", "within reach", "pieces"]
-"""How the entries of other shards come: all in one piece, of those only what the own queries may reach, or one by one."""
+"""How the entries of other shards come: all in one piece, only those that the own queries may reach, or one by one."""
 
 
 class Meeting:
@@ -43,6 +44,7 @@ class Shard:
     def __init__(self, whole: Whole, start: int, stop: int, index: int, meeting: Meeting, form: Form) -> None:
         self.position, self.document = whole.position[:, start:stop], whole.document[:, start:stop]
         self.counts = whole.counts
+        self.block_masks: dict[int | None, Any] = {}
         self.index, self.meeting, self.form = index, meeting, form
 
     def at(self, layer: int) -> Sequence:
@@ -84,7 +86,9 @@ class Shard:
         if reach is not None:
             near &= self.position[:, :1] - part.position < reach
         places = near.any(0).nonzero().squeeze(1)
-        return Entries({k: v[:, places] for k, v in part.parts.items()}, part.position[:, places], part.document[:, places])
+        return Entries(
+            {k: v[:, places] for k, v in part.parts.items()}, part.position[:, places], part.document[:, places]
+        )
 
 
 LOUD = 1e3
@@ -107,7 +111,7 @@ def in_shards(whole: Whole, cuts: list[int], form: Form, run: Callable[[Sequence
             errors.insert(0, error)
             meeting.barrier.abort()
 
-    spans = enumerate(zip(borders, borders[1:], strict=False))
+    spans = enumerate(pairwise(borders))
     threads = [threading.Thread(target=work, args=(index, start, stop)) for index, (start, stop) in spans]
     for thread in threads:
         thread.start()

@@ -37,7 +37,15 @@ OUTSIDE: dict[str, set[str]] = {
 }
 
 # These parts of models/ read and write files for people, and may compose a configuration; no mechanism imports them.
-MODELS_EDGE = ("models/families/", "models/__main__.py", "models/commands/")
+MODELS_EDGE = (
+    "models/families/",
+    "models/commands/",
+    "models/__main__.py",
+    "models/catalog.py",
+    "models/checkpoint.py",
+    "models/shards.py",
+    "models/weights.py",
+)
 EDGE_OUTSIDE = {"torch", "numpy", "safetensors", "tokenizers", "yaml"}
 
 # Import names that differ from the name of the distribution which provides them.

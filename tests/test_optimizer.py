@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -229,6 +230,17 @@ def test_sharded_equals_whole(ranks: Ranks, world_size: int, layout: str, config
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+
+
+def test_bfloat16_travels_too(ranks: Ranks) -> None:
+    exact, rounded = (
+        ranks(2, _sharded_run, "fsdp", MUON),
+        ranks(2, _sharded_run, "fsdp", replace(MUON, precision="bfloat16")),
+    )
+    for (one, _), (other, _) in zip(exact, rounded, strict=True):
+        for name in ("wide", "tall", "latent", "up"):
+            moved = (one[name] - toy().get_parameter(name)).norm()
+            assert (one[name] - other[name]).norm() < 0.03 * moved, name
 
 
 def _matrices_made_whole() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ def test_rises_then_never_rises_again(warmup: int, fraction: float, curve: str, 
     rates = [schedule.rate(step, total) for step in range(total + 2)]
     assert all(math.isfinite(rate) and 0.0 <= rate <= 1.0 for rate in rates)
     assert all(rate > 0.0 for rate in rates[:total])
-    assert all(a < b for a, b in zip(rates[: warmup - 1], rates[1:warmup], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[warmup:]))
 
 
 @pytest.mark.parametrize(

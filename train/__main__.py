@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import yaml
 
 from conf.compose import choices, compose, groups
 from conf.schema import Refused
 from train import config as run_config
-from train.failure import is_understood, sentence
-from train.ranks import join, leave
-from train.run import run
 
-FAILED, REFUSED = 1, 2
+FAILED, REFUSED, KEYBOARD = 1, 2, 130
 
 USAGE = """usage: python -m train [group=choice] [key=value] ...
 
@@ -35,34 +29,42 @@ def main(arguments: list[str]) -> int:
         for group in groups():
             print(f"  {group:12} {' '.join(choices(group))}")
         return 0
-    directory: Path | None = None
     try:
         config = run_config.read(compose([a for a in arguments if a != "--show"]))
         if "--show" in arguments:
             print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
             return 0
-        directory = Path(config.run.dir)
-        ranks = join(config.run)
-        code, reason = run(config, ranks)
+        return _run(config)
     except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
+        if _speaks():
+            print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        if _speaks():
+            print("interrupted at the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
+        return KEYBOARD
+
+
+def _run(config: run_config.Config) -> int:
+    # here: these take torch, whose import takes seconds, and a mistake is told before
+    from train.failure import tell
+    from train.ranks import join, leave
+    from train.run import run
+
+    try:
+        return run(config, join(config.run))
+    except Refused:
+        raise
     except Exception as error:
-        code, reason = FAILED, sentence(error)
-        logging.getLogger("keyhole").error("failed: %s", reason, exc_info=not is_understood(error))
+        tell(error)
+        return FAILED
     finally:
         leave()
-    _write_exit(directory, code, reason)
-    return code
 
 
-def _write_exit(directory: Path | None, code: int, reason: str) -> None:
-    """torchrun turns every worker's code into 1, so rank 0 leaves its own in exit.json."""
-    if directory is None:
-        return
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" and directory.is_dir():
-        with contextlib.suppress(OSError):
-            (directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
+def _speaks() -> bool:
+    """All ranks refuse together, and one of them says so."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 if __name__ == "__main__":

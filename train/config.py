@@ -8,18 +8,16 @@ from typing import Any, Literal
 
 from conf import schema
 from data.config import DataConfig
-from models import config as model_config
-from models.config import ModelConfig
+from models.config import ModelConfig, resolve
 from parallel.layout import ParallelConfig
-from train import optimizer
 from train.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class RunSection:
-    """dir: the run directory; the same command with the same directory resumes. wandb: "online" falls back to "offline"
-    without a key. threads: CPU threads of one rank, null for torch's choice. deterministic: refuse operations whose result
-    depends on timing."""
+    """dir: the run directory; the same command with the same directory resumes. wandb: "online" falls back to
+    "offline" without a key. threads: CPU threads of one rank, null for torch's choice. deterministic: refuse operations
+    whose result depends on timing."""
 
     dir: str
     wandb: Literal["off", "offline", "online"] = "off"
@@ -27,6 +25,12 @@ class RunSection:
     threads: int | None = None
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("dir is empty; name a directory")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads ({self.threads}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,22 @@ class Phase:
     batch_tokens: int | None = None
     learning_rate: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("start", "sequence_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate ({self.learning_rate}) must not be negative")
+
 
 @dataclass(frozen=True)
 class TrainSection:
     """batch_tokens: tokens of one step over all ranks. micro_batch: rows of one forward of one rank.
 
-    compute: dtype of activations and matrix products; parameters and optimizer state are fp32. clip: gradient norm, null
-    for none. init: a checkpoint or run whose weights (alone) this run starts from. core: the softmax core.
+    compute: dtype of activations and matrix products; parameters and optimizer state are fp32, or fp64 with fp64, which
+    is for comparing layouts. clip: gradient norm, null for none. init: a checkpoint or run whose weights (alone) this
+    run starts from. core: the softmax core.
     """
 
     steps: int
@@ -52,7 +65,7 @@ class TrainSection:
     batch_tokens: int
     micro_batch: int = 8
     seed: int = 0
-    compute: Literal["fp32", "bf16"] = "fp32"
+    compute: Literal["fp32", "bf16", "fp64"] = "fp32"
     clip: float | None = 1.0
     recompute: Literal["none", "full"] = "none"
     compile: bool = False
@@ -64,9 +77,13 @@ class TrainSection:
         for name in ("steps", "sequence_length", "batch_tokens", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip ({self.clip}) must be above 0; null is for no clipping")
+        if self.compile and self.compute == "fp32":
+            raise ValueError("compile needs compute: bf16, because PyTorch compiles the experts' grouped GEMM in no other")
         starts = [phase.start for phase in self.phases]
-        if starts != sorted(set(starts)) or (starts and starts[0] < 1):
-            raise ValueError(f"phases must start at increasing steps from 1 on, not at {starts}")
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases must start at increasing steps, not at {starts}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +95,10 @@ class CheckpointSection:
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ValueError("every and keep must be at least 1")
+        for name in ("every", "keep", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -89,12 +108,22 @@ class EvaluateSection:
     every: int = 100
     samples: int | None = 64
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or (self.samples is not None and self.samples < 1):
+            raise ValueError(
+                f"every ({self.every}) must be at least 0, and samples ({self.samples}) at least 1 or null"
+            )
+
 
 @dataclass(frozen=True)
 class LogSection:
     """every: steps between two lines of progress; metrics.jsonl has every step."""
 
     every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every ({self.every}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,10 @@ class Config:
 def read(values: Mapping[str, Any]) -> Config:
     """Check a resolved configuration whole, down to every layer of the plan. Raises schema.Refused."""
     config = schema.build(Config, values, "")
-    model_config.resolve(config.model)
+    from train import (
+        optimizer,
+    )  # here: it takes torch, whose import takes seconds, and most mistakes are refused by now
+
     optimizer.read(config.optimizer)
+    resolve(config.model)
     return config

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.batch import Batch
 from data.loader import Loader
 from data.source import Source
 from train import meter
@@ -20,13 +19,11 @@ from train.phases import Stretch, stretches
 from train.ranks import Ranks
 from train.stop import StopRequest
 
-log = logging.getLogger("keyhole")
-
-DONE, INTERRUPTED = 0, 75
+log = logging.getLogger(__name__)
 
 
 class Diverged(Exception):
-    """A loss or gradient that is not finite: one sentence with the step and the batch."""
+    """A loss, gradient or state that is not finite: one sentence with the step and the batch."""
 
 
 @dataclass
@@ -50,8 +47,8 @@ class Run:
         return {**self.engine.state(), "progress": {"step": self.step}}
 
 
-def train(run: Run) -> int:
-    """Run to the last step, or until asked to stop. Returns the exit code. Raises Diverged."""
+def train(run: Run) -> str | None:
+    """Run to the last step (None), or until asked to stop, and saved (by whom). Raises Diverged, SaveFailed."""
     config, total = run.config, run.config.train.steps
     pending: Pending | None = None
     for stretch in stretches(config.train, run.learning_rate):
@@ -69,48 +66,43 @@ def train(run: Run) -> int:
                 # the step before is read now that this one is under way, so that the device never waits for the host
                 if pending is not None:
                     pending.finish(run)
-                pending = Pending(run.step, stretch, batch, rate, result, clock)
+                asked, digest = run.ranks.total(run.stop.asked(), int(batch.digest, 16))
+                pending = Pending(run.step, stretch, f"{digest:016x}", rate, result, clock)
 
-                stopping = run.stop.agreed()
+                stopping = asked > 0
                 saving = stopping or run.step % config.checkpoint.every == 0 or run.step == total
                 validating = run.step == total or (config.evaluate.every and run.step % config.evaluate.every == 0)
                 if saving or validating:
                     pending.finish(run)
                     pending = None
+                if validating and (not stopping or run.step == total):
+                    validate(run, stretch)  # before the save: once a step is saved, its lines are written
                 if saving:
                     save(run, clock, wait=stopping or run.step == total)
-                if validating and not stopping:
-                    validate(run, stretch)
-                if stopping and run.step < total:
-                    log.info("asked to stop by %s: saved step %d; the same command resumes", run.stop.reason, run.step)
-                    return INTERRUPTED
-    run.checkpoints.wait()
-    return DONE
+                if stopping:
+                    reason = run.stop.obey()
+                    if run.step < total:
+                        log.info("asked to stop by %s: saved step %d; the same command resumes", reason, run.step)
+                        return reason
+    return None
 
 
 @dataclass
 class Pending:
-    """A step whose numbers are still on the device."""
+    """A step whose numbers are still on the device. batch: digest of the global batch."""
 
     step: int
     stretch: Stretch
-    batch: Batch
+    batch: str
     rate: float
     result: Step
     clock: meter.Clock
     began: float = field(default_factory=time.perf_counter)
 
     def finish(self, run: Run) -> None:
-        """Read the numbers, refuse those that are not finite, write them down. Raises Diverged."""
+        """Read the numbers and write them down. Raises Diverged where they are not finite."""
         loss, extra, norm = (float(value) for value in (self.result.loss, self.result.extra, self.result.grad_norm))
         tokens = self.stretch.rows * self.stretch.sequence_length
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            first = self.stretch.consumed(self.step - 1)
-            raise Diverged(
-                f"the loss ({loss}) or the gradient norm ({norm}) is not finite at step {self.step}, "
-                f"samples {first} to {first + self.stretch.rows - 1}, batch {self.batch.digest}; "
-                "the last checkpoint is from before it."
-            )
         seconds = self.clock.seconds()
         record: dict[str, Any] = {
             "step": self.step,
@@ -120,7 +112,7 @@ class Pending:
             "grad_norm": norm,
             "tokens_per_second": tokens / max(sum(seconds.values()), 1e-9),
             "extra": extra,
-            "batch": self.batch.digest,
+            "batch": self.batch,
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "peak_memory": meter.peak_memory(run.ranks.device),
         }
@@ -137,10 +129,22 @@ class Pending:
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = self.stretch.consumed(self.step - 1)
+            raise Diverged(
+                f"the loss ({loss}) or the gradient norm ({norm}) is not finite at step {self.step}, "
+                f"samples {first} to {first + self.stretch.rows - 1}, batch {self.batch}; "
+                "the last checkpoint is from before it."
+            )
 
 
 def save(run: Run, clock: meter.Clock, *, wait: bool) -> None:
-    """Checkpoint this step; only the copy to the host is waited for, unless the run is about to end."""
+    """Checkpoint this step; waits for the copy to the host alone, unless told to. Raises Diverged."""
+    if not run.engine.is_finite():
+        raise Diverged(
+            f"the update of step {run.step} left weights or optimizer state that are not finite, so it is not saved; "
+            "the last checkpoint is from before it."
+        )
     run.checkpoints.save(run.step, run.state(), wait=wait)
     clock.mark("save")
     if run.metrics is not None:
@@ -166,7 +170,9 @@ def validate(run: Run, stretch: Stretch) -> None:
         record["val_bpb"] = result.loss / math.log(2) / source.bytes_per_token
     if run.metrics is not None:
         run.metrics.write(record)
-    log.info("step %d  validation  %s", run.step, "  ".join(f"{k[4:]} {v:.4f}" for k, v in record.items() if k != "step"))
+    log.info(
+        "step %d  validation  %s", run.step, "  ".join(f"{k[4:]} {v:.4f}" for k, v in record.items() if k != "step")
+    )
 
 
 def _loader(run: Run, stretch: Stretch) -> Loader:
@@ -177,5 +183,3 @@ def _loader(run: Run, stretch: Stretch) -> Loader:
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
     )
-
-

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import math
+import netrc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from train.config import Config
 
-log = logging.getLogger("keyhole")
+log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Rank 0's record of the run. Lines of steps at or after `first_step` (made before a crash, not saved) are dropped."""
+    """Rank 0's record of the run. Lines of steps after `first_step` (made before a crash, not saved) are dropped."""
 
     def __init__(self, directory: Path, config: Config, first_step: int) -> None:
         self.path = directory / "metrics.jsonl"
@@ -29,7 +33,8 @@ class Metrics:
         """Append one record."""
         self.file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
         if self.wandb is not None:
-            self.wandb.log({key: value for key, value in record.items() if isinstance(value, int | float)}, record["step"])
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self._tell_wandb(lambda wandb: wandb.log(numbers, record["step"]))
 
     def progress(self, record: dict[str, Any]) -> None:
         """Tell a person, every so many steps; on a terminal the line is rewritten in place each step."""
@@ -46,9 +51,20 @@ class Metrics:
             log.info(line)
 
     def close(self) -> None:
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+        """What a full disk has no room for was told when it was written."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self._tell_wandb(lambda wandb: wandb.finish(quiet=True))
+
+    def _tell_wandb(self, action: Callable[[Any], object]) -> None:
+        """A wandb that fails in mid-run is left alone from then on."""
+        if self.wandb is None:
+            return
+        try:
+            action(self.wandb)
+        except Exception as error:
+            log.warning("wandb is not used any more: %s", error)
+            self.wandb = None
 
 
 def _drop_from(path: Path, first_step: int) -> None:
@@ -76,16 +92,32 @@ def _start_wandb(directory: Path, config: Config) -> Any:
     if config.run.wandb == "off":
         return None
     mode = config.run.wandb
-    if mode == "online" and not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").exists():
+    if mode == "online" and not _has_wandb_key():
         log.warning("wandb has no key here, so it writes offline; `wandb sync` uploads it later")
         mode = "offline"
     try:
         import wandb  # here, so that a machine without it trains
 
+        place = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=4).hexdigest()
         return wandb.init(
-            project=config.run.project, dir=str(directory), name=directory.name, id=directory.name, resume="allow",
-            mode=mode, settings=wandb.Settings(silent=True),
-        )  # fmt: skip
+            project=config.run.project,
+            dir=str(directory),
+            name=directory.name,
+            id=f"{directory.name}-{place}",
+            resume="allow",
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
     except Exception as error:
         log.warning("wandb is not used: %s", error)
         return None
+
+
+def _has_wandb_key() -> bool:
+    """Without one, wandb would ask for it on the terminal and wait."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -47,20 +47,30 @@ class Ranks:
                 raise Refused(sentence)
         return cast(T, result)
 
+    def on_first(self, action: Callable[[], object]) -> None:
+        """Do something on rank 0 alone; if it is refused there, it is on all."""
+        self.together(action if self.first else lambda: None)
+
+    def total(self, *values: int) -> list[int]:
+        """Sums over the ranks of whole numbers below 2^64, modulo 2^64. Collective; does not wait for the device."""
+        sums = torch.tensor(values, dtype=torch.uint64).view(torch.int64)
+        dist.all_reduce(sums, group=self.host_group)
+        return cast(list[int], sums.view(torch.uint64).tolist())
+
 
 def join(run: RunSection) -> Ranks:
     """Meet the other ranks. Raises Refused where a GPU was asked for and there is none."""
     rank, world_size, local_rank = _identity()
-    device = _device(run, local_rank)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if run.device != "cpu" and torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=10)
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.new_group(backend="gloo", timeout=timeout))
+    return replace(ranks, device=ranks.together(lambda: _device(run, local_rank)))
 
 
 def leave() -> None:
@@ -70,7 +80,7 @@ def leave() -> None:
 
 
 def _identity() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine). torchrun says it in its variables; srun in SLURM's, which are translated."""
+    """(rank, world size, rank on this machine), from torchrun's variables or from srun's, which are translated."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     # a batch script has SLURM's variables too, but is no step: only tasks of srun are ranks

@@ -1,10 +1,14 @@
-"""Sets a run up, trains, and says in one sentence how it ended."""
+"""Sets a run up, trains, and says in one sentence how it ended.
+
+All that may be refused comes before anything is written.
+"""
 
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,71 +20,61 @@ from train import optimizer, rundir
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.engines.torch import Engine
-from train.loop import DONE, Run, train
+from train.failure import tell
+from train.loop import Run, train
 from train.metrics import Metrics
 from train.phases import stretches
 from train.ranks import Ranks
 from train.stop import StopRequest
 
-log = logging.getLogger("keyhole")
+log = logging.getLogger(__name__)
+
+DONE, FAILED, INTERRUPTED = 0, 1, 75
 
 
-def run(config: Config, ranks: Ranks) -> tuple[int, str]:
-    """Returns the exit code and the reason. Raises Refused where nothing was changed."""
+class Sources(NamedTuple):
+    """What the run trains and validates on."""
+
+    train: Source
+    validation: Source | None
+
+
+def run(config: Config, ranks: Ranks) -> int:
+    """Returns the exit code. Raises Refused where nothing was changed."""
     directory = Path(config.run.dir)
-    with ExitStack() as stack:
-        sources = ranks.together(lambda: _open_sources(config, ranks))
-        if ranks.first:
-            ranks.together(lambda: stack.enter_context(rundir.locked(directory)))
-            ranks.together(lambda: rundir.settle(directory, config, ranks))
-        else:
-            ranks.together(lambda: None)
-            ranks.together(lambda: None)
+    with ExitStack() as held:
+        sources = ranks.together(lambda: _open(config, ranks))
+        ranks.on_first(lambda: held.enter_context(rundir.locked(directory)))
+        ranks.on_first(lambda: rundir.refuse_changes(directory, config))
         rundir.start_log(directory, ranks)
-        stop = StopRequest(directory, ranks)
-        torch.use_deterministic_algorithms(config.run.deterministic)
-        engine = Engine(config, ranks)
-        checkpoints = Checkpoints(
-            directory / "checkpoints",
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            facts=rundir.describe_environment(config, ranks)["layout"],
-        )
-        step = _start_weights(config, engine, checkpoints)
-        metrics = Metrics(directory, config, step) if ranks.first else None
-        if ranks.first:
-            _introduce(config, engine, ranks, step)
         try:
-            code = train(
-                Run(
-                    config=config,
-                    ranks=ranks,
-                    engine=engine,
-                    train_source=sources[0],
-                    validation_source=sources[1],
-                    checkpoints=checkpoints,
-                    stop=stop,
-                    metrics=metrics,
-                    learning_rate=optimizer.read(config.optimizer).learning_rate,
-                    step=step,
-                )
-            )
-            checkpoints.close()
-        finally:
-            if metrics is not None:
-                metrics.close()
-        return code, "done" if code == DONE else f"asked to stop by {stop.reason}"
+            prepared = _prepare(config, ranks, sources, held)
+            asked = train(prepared)
+            prepared.checkpoints.close()
+            code, reason = (DONE, "done") if asked is None else (INTERRUPTED, f"asked to stop by {asked}")
+        except Refused:
+            raise
+        except Exception as error:
+            code, reason = FAILED, tell(error)
+        if ranks.first:
+            rundir.write_exit(directory, code, reason)
+        return code
 
 
-def _open_sources(config: Config, ranks: Ranks) -> tuple[Source, Source | None]:
-    """Everything that can be refused by looking alone, before anything is written."""
-    sources = config.data.open_train(), config.data.open_validation()
+def _open(config: Config, ranks: Ranks) -> Sources:
+    """Everything that can be refused by looking alone."""
+    sources = Sources(config.data.open_train(), config.data.open_validation())
     for source in filter(None, sources):
         if source.vocab > config.model.vocab:
             raise Refused(
                 f"the data has token ids up to {source.vocab - 1}, but model.vocab is {config.model.vocab}; "
                 f"set model.vocab to {source.vocab} or more."
             )
+    if ranks.world_size % config.parallel.replicate:
+        raise Refused(
+            f"parallel.replicate ({config.parallel.replicate}) does not divide {ranks.world_size} ranks; "
+            "take a divisor."
+        )
     for stretch in stretches(config.train, 0.0):
         if stretch.rows % ranks.world_size:
             raise Refused(
@@ -89,15 +83,56 @@ def _open_sources(config: Config, ranks: Ranks) -> tuple[Source, Source | None]:
             )
         for source in filter(None, sources):
             Loader(source, sequence_length=stretch.sequence_length)
-    if ranks.world_size % config.parallel.replicate:
-        raise Refused(f"parallel.replicate ({config.parallel.replicate}) does not divide {ranks.world_size} ranks.")
+    if sources.validation is not None and sources.validation.num_tokens is None and config.evaluate.samples is None:
+        raise Refused("evaluate.samples is null, but the validation data is endless; give a number.")
+    cost.meta(config.model)
     return sources
 
 
-def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints) -> int:
+def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) -> Run:
+    """From checked input to a run that stands at its step; what is refused here is so before the first write."""
+    directory = Path(config.run.dir)
+    environment = rundir.describe_environment(config, ranks)
+    stop = StopRequest(directory / "stop" if ranks.first else None)
+    if config.run.deterministic:  # only then: the call imports a compiler
+        torch.use_deterministic_algorithms(True)
+    engine = Engine(config, ranks)
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        facts={**environment["layout"], "data": sources.train.fingerprint},
+    )
+    step = _start_weights(config, engine, checkpoints, sources.train)
+    metrics = None
+    if ranks.first:
+        rundir.settle(directory, config, environment)
+        metrics = Metrics(directory, config, step)
+        held.callback(metrics.close)
+        _introduce(config, engine, ranks, step)
+    return Run(
+        config=config,
+        ranks=ranks,
+        engine=engine,
+        train_source=sources.train,
+        validation_source=sources.validation,
+        checkpoints=checkpoints,
+        stop=stop,
+        metrics=metrics,
+        learning_rate=optimizer.read(config.optimizer).learning_rate,
+        step=step,
+    )
+
+
+def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, source: Source) -> int:
     """The newest good checkpoint of this run, or the weights that train.init names, or none. Returns the step."""
     if checkpoints.latest() is not None:
         checkpoint = checkpoints.load({**engine.state(), "progress": {"step": 0}})
+        if checkpoint.facts.get("data") != source.fingerprint:
+            raise Refused(
+                f"{checkpoint.path} was trained on other data than data.train now names; "
+                "name the same data, or choose another run.dir (train.init= starts from this run's weights)."
+            )
         engine.load(checkpoint.state)
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
         return int(checkpoint.state["progress"]["step"])

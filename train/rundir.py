@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import io
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,43 @@ from train.ranks import Ranks
 CODE = Path(__file__).parents[1]
 PACKAGES = ("train", "models", "parallel", "data", "launch", "conf")
 MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "train.steps", "train.micro_batch",
-              "train.recompute", "train.compile", "train.core", "train.init")  # fmt: skip
-"""What may differ when a run is resumed: how it is run and for how long, not what it computes."""
+              "train.recompute", "train.compile", "train.core", "train.init", "data.train.path",
+              "data.validation")  # fmt: skip
+"""What may differ when a run is resumed: how it is run and for how long, not what it computes. Whether the data is the
+same, wherever it lies, its fingerprint tells."""
 
-log = logging.getLogger("keyhole")
+LOCK = ".lock"
+
+log = logging.getLogger(__name__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this run; rank 0 only. Raises Refused while another process holds it."""
+    """Hold the directory, made if need be, for this run; rank 0 only. What is refused meanwhile leaves it as it was.
+
+    Raises Refused while another process holds it, or where it cannot be written.
+    """
+    files = (LOCK, "log.txt")
+    new_files = [directory / name for name in files if not (directory / name).exists()]
+    new_folders = [path for path in (directory / "checkpoints", directory, *directory.parents) if not path.exists()]
+    try:
+        with _lock(directory):
+            yield
+    except Refused:
+        for path, remove in [
+            *((file, Path.unlink) for file in new_files),
+            *((made, Path.rmdir) for made in new_folders),
+        ]:
+            with contextlib.suppress(OSError):  # it was not made, or somebody has put something there
+                remove(path)
+        raise
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = open(directory / ".lock", "a+")  # noqa: SIM115 - held for the whole run
+        handle = open(directory / LOCK, "a+")  # noqa: SIM115 - held for the whole run
     except OSError as error:
         raise Refused(f"run.dir {directory} cannot be written ({error.strerror}); choose another directory.") from None
     with handle:
@@ -53,39 +78,42 @@ def locked(directory: Path) -> Iterator[None]:
                 f"run.dir {directory} is in use by {handle.read().strip() or 'another process'}; "
                 "wait for it to end, or choose another directory."
             ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
         yield
 
 
-def settle(directory: Path, config: Config, ranks: Ranks) -> None:
-    """Write what the run is, or check that it is the run that is already here; rank 0 only.
+def refuse_changes(directory: Path, config: Config) -> None:
+    """Compare with the run that is here already, if one is; rank 0 only.
 
-    Raises Refused where a resumed run would compute something else than it did.
+    Raises Refused naming the first setting that differs, if the resumed run would compute something else.
     """
     file = directory / "config.yaml"
-    values = asdict(config)
-    if file.exists():
-        refuse_changes(_read_yaml(file), values, directory)
-    environment = describe_environment(config, ranks)
-    earlier = directory / "environment.json"
-    if earlier.exists():
-        _tell_differences(json.loads(earlier.read_text()), environment)
-    write_whole(file, yaml.safe_dump(values, sort_keys=False))
-    write_whole(earlier, json.dumps(environment, indent=1))
-    _snapshot_code(directory / "code.tar.gz")
-
-
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    """Raises Refused naming the first setting that differs and must not."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    if not file.exists():
+        return
+    old, new = dict(_flat(_read_yaml(file))), dict(_flat(asdict(config)))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
             raise Refused(
                 f"{directory} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}; "
                 "take the old value back, or choose another run.dir (train.init= starts from this run's weights)."
             )
+
+
+def settle(directory: Path, config: Config, environment: dict[str, Any]) -> None:
+    """Write down what the run is and where it runs, and tell what differs from before; rank 0 only."""
+    (directory / "exit.json").unlink(missing_ok=True)
+    (directory / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    earlier = directory / "environment.json"
+    with contextlib.suppress(OSError, ValueError):
+        _tell_differences(json.loads(earlier.read_text()), environment)
+    write_whole(directory / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    write_whole(earlier, json.dumps(environment, indent=1))
+    _snapshot_code(directory / "code.tar.gz")
+
+
+def write_exit(directory: Path, code: int, reason: str) -> None:
+    """torchrun turns every worker's code into 1, so rank 0 leaves its own in exit.json."""
+    with contextlib.suppress(OSError):  # a full disk has been told already
+        (directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
 
 
 def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -118,17 +146,19 @@ def write_whole(file: Path, text: str) -> None:
 
 def start_log(directory: Path, ranks: Ranks) -> None:
     """Rank 0 logs to the terminal and to log.txt; the others log warnings to the terminal."""
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.handlers.clear()
+    house = logging.getLogger(__package__)
+    house.setLevel(logging.INFO)
+    house.propagate = False
+    house.handlers.clear()
+    logging.raiseExceptions = False  # where the log cannot be written, the run's own sentence says so
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(terminal)
+    house.addHandler(terminal)
     if ranks.first:
-        file = logging.FileHandler(directory / "log.txt")
+        file = logging.FileHandler(directory / "log.txt", delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+        house.addHandler(file)
     else:
+        terminal.setFormatter(logging.Formatter(f"rank {ranks.rank}: %(message)s"))
         terminal.setLevel(logging.WARNING)
 
 
@@ -136,7 +166,8 @@ def _tell_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = dict(_flat(before)), dict(_flat(now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith("command"):
-            log.info("resumed with another %s: %s, before %s; losses may differ in the last digits", key, new.get(key), old.get(key))  # fmt: skip
+            change = f"another {key}: {new.get(key)}, before {old.get(key)}"
+            log.info("resumed with %s; losses may differ in the last digits", change)
 
 
 def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,7 +185,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise Refused(f"{file} cannot be read ({type(error).__name__}); repair it, or choose another run.dir.") from None
+        reason = type(error).__name__
+        raise Refused(f"{file} cannot be read ({reason}); repair it, or choose another run.dir.") from None
     if not isinstance(values, dict):
         raise Refused(f"{file} holds no configuration; repair it, or choose another run.dir.")
     return values

@@ -6,30 +6,31 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from train.ranks import Ranks
-
 
 class StopRequest:
-    """Whether any rank was asked. Signals only set a flag: the step in hand is finished, then all save and exit together."""
+    """Whether this rank was asked. Signals only set a flag: the step in hand is finished, then all save.
 
-    def __init__(self, directory: Path, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.file = directory / "stop"
+    file: where rank 0 looks for a request; None on the others. It is removed once it is obeyed, so that the next start
+    of the run goes on.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
         self.reason: str | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
-    def agreed(self) -> bool:
-        """Collective: the same answer on every rank."""
-        asked = self.reason is not None or (self.ranks.first and self.file.exists())
-        flag = torch.tensor([int(asked)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.ranks.host_group)
-        if flag.item() and self.reason is None:
-            self.reason = f"the file {self.file}" if self.ranks.first and self.file.exists() else "another rank"
-        return bool(flag.item())
+    def asked(self) -> bool:
+        """On this rank."""
+        if self.reason is None and self.file is not None and self.file.exists():
+            self.reason = f"the file {self.file}"
+        return self.reason is not None
+
+    def obey(self) -> str:
+        """Some rank was asked, and all know it. Returns who asked."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+        return self.reason or "another rank"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -1,4 +1,5 @@
-"""Grouped-query attention (arXiv 2305.13245): K KV heads for H query heads; K = H is MHA, K = 1 is MQA (arXiv 1911.02150).
+"""Grouped-query attention (arXiv 2305.13245): K KV heads for H query heads; K = H is MHA, K = 1 is MQA (arXiv
+1911.02150).
 
 Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), and a sliding window
 (arXiv 2004.05150).
@@ -10,7 +11,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from models.contract import Attention, Flops, PairCount, Part, Pieces, Sequence, Slot, State, Visibility, at_tokens, visible_pairs
+from models.contract import (
+    Attention,
+    Flops,
+    PairCount,
+    Part,
+    Pieces,
+    Sequence,
+    Slot,
+    State,
+    Visibility,
+    at_tokens,
+    visible_pairs,
+)
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
@@ -20,7 +33,8 @@ from models.rope import Rope
 
 @dataclass(frozen=True)
 class Config:
-    """window: tokens a query reads, itself included; null reads all. rope: null for no positions. bias: in all four projections."""
+    """window: tokens a query reads, itself included; null reads all. bias: in all four projections. rope: null for no
+    positions."""
 
     heads: int
     kv_heads: int
@@ -32,12 +46,16 @@ class Config:
     rope: Rope | None = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
+        if min(self.heads, self.kv_heads, self.head_dim) < 1:
+            raise ValueError("heads, kv_heads and head_dim must be positive")
+        if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.rope and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window ({self.window}) must be at least 1, the query itself; leave it null for no window")
+            raise ValueError(
+                f"window ({self.window}) must be at least 1, the query itself; leave it null for no window"
+            )
 
     def build(self, width: int, *, writes: bool = True) -> GQA:
         return GQA(self, width, writes)

@@ -1,7 +1,7 @@
 """Heavily compressed attention (DeepSeek-V4 report, arXiv 2606.19348): a window of tokens and every compressed block.
 
-One shared head is key and value. A query reads, in one softmax with a sink, the last `window` tokens uncompressed and one
-entry for each complete block of `rate` tokens of its document; an entry is visible from its block's last token on.
+One shared head is key and value. A query reads, in one softmax with a sink, the last `window` tokens uncompressed and
+one entry for each complete block of `rate` tokens of its document; an entry is visible from its block's last token on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from models.rope import Rope, rotate_last
 
 @dataclass(frozen=True)
 class Config:
-    """rate: tokens of a block. groups, group_rank: the low-rank output projection, one bottleneck per group of heads."""
+    """rate: tokens of a block. groups, group_rank: the low-rank output projection, one bottleneck per group of
+    heads."""
 
     heads: int
     head_dim: int
@@ -49,12 +50,18 @@ class Config:
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
 
     def __post_init__(self) -> None:
-        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
-            raise ValueError(f"rope_dim ({self.rope_dim}) must be even and at most head_dim ({self.head_dim})")
+        if min(self.heads, self.head_dim, self.query_latent, self.group_rank) < 1:
+            raise ValueError("heads, head_dim, query_latent and group_rank must be positive")
+        if not 2 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:
+            raise ValueError(
+                f"rope_dim ({self.rope_dim}) must be even, at least 2 and at most head_dim ({self.head_dim})"
+            )
         if self.groups < 1 or self.heads % self.groups:
             raise ValueError(f"heads ({self.heads}) must be a multiple of groups ({self.groups})")
-        if self.window < 1 or self.rate < 1:
-            raise ValueError("window and rate must be at least 1")
+        if self.window < 1:
+            raise ValueError(f"window ({self.window}) must be at least 1, the query itself")
+        if self.rate < 2:
+            raise ValueError(f"rate ({self.rate}) must be at least 2: a block of one token has nothing to weigh")
 
     def build(self, width: int, *, writes: bool = True) -> HCA:
         return HCA(self, width, writes)
@@ -62,6 +69,8 @@ class Config:
 
 class Compressor(Module):
     """Blocks of `rate` tokens to one entry each: a softmax over the block's tokens, separately for each channel."""
+
+    position_bias: Tensor
 
     def __init__(self, width: int, config: Config) -> None:
         super().__init__()
@@ -101,6 +110,7 @@ class HCA(Attention):
     """Cached: a window of entries, one entry a block, and the rows of the block still open."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()

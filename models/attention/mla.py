@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3, arXiv 2412.19437, section 2.1.1).
 
-Cached per token: one latent, normalised, and one rotated key, shared by all heads. Two ways to read them, exactly equal:
-expanded to plain heads (training), or absorbed, where the up-projections move to the query and the output and the latent is
-both key and value (decode).
+Cached per token: one latent, normalised, and one rotated key, shared by all heads. Two ways to read them, exactly
+equal: expanded to plain heads (training), or absorbed, where the up-projections move to the query and the output and
+the latent is both key and value (decode).
 """
 
 from __future__ import annotations
@@ -13,7 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.contract import Attention, Entries, Flops, PairCount, Part, Pieces, Sequence, Slot, State, Visibility, at_tokens, visible_pairs
+from models.contract import (
+    Attention,
+    Entries,
+    Flops,
+    PairCount,
+    Part,
+    Pieces,
+    Sequence,
+    Slot,
+    State,
+    Visibility,
+    at_tokens,
+    visible_pairs,
+)
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
@@ -25,8 +38,8 @@ from models.rope import Rope
 class Config:
     """Sizes in numbers per head, latents in numbers per token.
 
-    query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the softmax
-    scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms.
+    query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the
+    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms.
     """
 
     heads: int
@@ -41,10 +54,14 @@ class Config:
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
 
     def __post_init__(self) -> None:
-        if self.rope_dim % 2:
-            raise ValueError(f"rope_dim ({self.rope_dim}) must be even to be rotated")
+        if self.rope_dim < 2 or self.rope_dim % 2:
+            raise ValueError(f"rope_dim ({self.rope_dim}) must be even and at least 2 to be rotated")
         if min(self.heads, self.latent, self.nope_dim, self.value_dim) < 1:
             raise ValueError("heads, latent, nope_dim and value_dim must be positive")
+        if self.query_latent is not None and self.query_latent < 1:
+            raise ValueError(
+                f"query_latent ({self.query_latent}) must be positive; leave it null for a full-rank query"
+            )
 
     def build(self, width: int, *, writes: bool = True) -> MLA:
         return MLA(self, width, writes)

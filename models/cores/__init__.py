@@ -2,7 +2,8 @@
 
 Every core has one signature and computes the same function:
 
-    core(q [B, S, H, d], k [B, T, K, d], v [B, T, K, e], visibility, scale, lse=False) -> (out [B, S, H, e], lse [B, S, H])
+    core(q [B, S, H, d], k [B, T, K, d], v [B, T, K, e], visibility, scale, lse=False) -> (out [B, S, H, e], lse [B, S,
+    H])
 
 H is a multiple of K; query head h reads KV head h // (H / K). The log-sum-exp of the scaled scores is None unless asked
 for. A query that sees nothing gets zeros and a log-sum-exp of -inf.

@@ -17,7 +17,9 @@ BLOCK = 256
 """Queries of a block."""
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, *, lse: bool = False) -> tuple[Tensor, Tensor | None]:
+def core(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, *, lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """See models.cores. Holds [B, H, BLOCK, T] in fp32."""
     length = q.shape[1]
     if length <= BLOCK:

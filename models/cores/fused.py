@@ -1,29 +1,75 @@
-"""PyTorch's fused attention (FlashAttention-2, arXiv 2307.08691, or cuDNN's) where rows are one document, causal.
+"""The fast kernels of a GPU, by a rule that is stated here and never decided by a failure at run time.
 
-Everything else (packed documents, windows, cached entries, a log-sum-exp that is needed) goes to the blockwise core: a rule
-of this file, stated when the core is chosen, not a fallback found out at run time.
+Rows of one document, read to their start: PyTorch's scaled_dot_product_attention, cuDNN's kernel first (FlashAttention,
+arXiv 2307.08691, otherwise). Packed documents and windows: FlexAttention (arXiv 2412.05496) with the block masks that
+`prepare` made once for all layers. Everything else (cached or compressed entries): the blockwise core.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from models.contract import Visibility
+from models.contract import Sequence, Slot, Visibility
 from models.cores import blockwise
 
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""In this order. PyTorch's own materialised form is not among them: it would be quadratic in silence."""
 
-def core(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, *, lse: bool = False) -> tuple[Tensor, Tensor | None]:
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled even where the model around it is not: as written, FlexAttention and its masks hold all scores.
+
+    On first use, because torch.compile takes seconds to load.
+    """
+    return torch.compile(function)
+
+
+def core(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, *, lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """See models.cores."""
     unbounded = visibility.reach is None or visibility.reach >= q.shape[1]
-    if lse or not (visibility.aligned and visibility.single_document and unbounded):
+    grouped = k.shape[2] != q.shape[2]
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if visibility.aligned and visibility.single_document and unbounded and not lse:
+        with sdpa_kernel(KERNELS, set_priority=True):
+            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2), None
+    if visibility.block_mask is None:
         return blockwise.core(q, k, v, visibility, scale, lse=lse)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        is_causal=True,
-        scale=scale,
-        enable_gqa=k.shape[2] != q.shape[2],
-    )
-    return out.transpose(1, 2), None
+    mask = visibility.block_mask
+    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    if not lse:
+        return flex(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2), None
+    out, sums = flex(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=True)
+    return out.transpose(1, 2), sums.transpose(1, 2)
+
+
+def prepare(sequence: Sequence, slots: list[Slot]) -> None:
+    """Make the block masks of these tokens, one for each reach that a layer declares; nothing where none is needed."""
+    reaches = {slot.reach for slot in slots if slot.kind == "entry" and slot.stride == 1}
+    length = sequence.position.shape[1]
+    for reach in reaches:
+        if sequence.single_document and (reach is None or reach >= length):
+            continue
+        sequence.block_masks[reach] = _block_mask(sequence, reach)
+
+
+def _block_mask(sequence: Sequence, reach: int | None) -> object:
+    document = sequence.document
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, entry: Tensor) -> Tensor:
+        seen = (query >= entry) & (document[row, query] == document[row, entry])
+        return seen if reach is None else seen & (query - entry < reach)
+
+    num_rows, length = document.shape
+    return _compiled(create_block_mask)(visible, num_rows, None, length, length, device=str(document.device))

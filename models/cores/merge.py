@@ -1,7 +1,8 @@
 """One softmax over entries that lie in several pieces or slots, and over a sink, by their log-sum-exps.
 
-The identity is the one that FlashAttention uses over blocks (arXiv 2205.14135, section 3.1). A sink is a learned logit per
-head that enters the denominator only (DeepSeek-V4 report, arXiv 2606.19348; gpt-oss): it is a piece without a value.
+The identity is the one that FlashAttention uses over blocks (arXiv 2205.14135, section 3.1). A sink is a learned logit
+per head that enters the denominator only (DeepSeek-V4 report, arXiv 2606.19348; gpt-oss): it is a piece without a
+value.
 """
 
 from __future__ import annotations

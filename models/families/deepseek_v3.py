@@ -57,7 +57,9 @@ class Published:
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads not in (None, self.num_attention_heads):
-            raise ValueError("num_key_value_heads must equal num_attention_heads: the latent has no KV heads of its own")
+            raise ValueError(
+                "num_key_value_heads must equal num_attention_heads: the latent has no KV heads of its own"
+            )
 
 
 def config_from(hf: Mapping[str, Any]) -> ModelConfig:

@@ -38,6 +38,10 @@ class Published:
     rope_scaling: dict[str, Any] | None = None
     rope_theta: float = 1_000_000.0
 
+    def __post_init__(self) -> None:
+        if self.num_attention_heads < 1:
+            raise ValueError("num_attention_heads must be at least 1")
+
 
 def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     """config.json to ours. Raises Refused for what cannot be represented."""

@@ -47,6 +47,8 @@ class Published:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
+        if self.num_attention_heads < 1:
+            raise ValueError("num_attention_heads must be at least 1")
         if self.decoder_sparse_step < 1:
             raise ValueError(f"decoder_sparse_step ({self.decoder_sparse_step}) must be at least 1")
 

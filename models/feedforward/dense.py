@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.contract import Sequence
+from models.contract import FeedForward, Sequence
 from models.linear import Linear
-from models.parameter import Module
 from models.stream import Report
 
 
@@ -25,7 +24,7 @@ class Config:
         return Dense(width, self.hidden)
 
 
-class Dense(Module):
+class Dense(FeedForward):
     """Every token through the same three matrices."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -37,9 +36,6 @@ class Dense(Module):
     def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None, Report]:
         """x: [B, S, D]. Returns y, no auxiliary loss, nothing to report."""
         return self.swiglu(x), None, {}
-
-    def update_bias(self, load: Tensor) -> None:
-        """Nothing is routed."""
 
     def swiglu(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.contract import Sequence
+from models.contract import FeedForward, Sequence
 from models.feedforward.dense import Dense
 from models.moe import balance, dispatch, router
 from models.moe.experts import Experts
-from models.parameter import Module
 from models.stream import Report
 
 
@@ -34,19 +33,25 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k ({self.top_k}) must lie between 1 and experts ({self.experts})")
+        if self.hidden < 1 or self.shared_hidden < 0:
+            raise ValueError(
+                f"hidden ({self.hidden}) must be positive, shared_hidden ({self.shared_hidden}) not negative"
+            )
         groups, kept = self.router.groups, self.router.kept_groups
         if groups < 1 or self.experts % groups:
             raise ValueError(f"experts ({self.experts}) must be a multiple of router.groups ({groups})")
         if not 1 <= kept <= groups:
             raise ValueError(f"router.kept_groups ({kept}) must lie between 1 and router.groups ({groups})")
         if self.top_k > self.experts // groups * kept:
-            raise ValueError(f"top_k ({self.top_k}) exceeds the {self.experts // groups * kept} experts of the kept groups")
+            raise ValueError(
+                f"top_k ({self.top_k}) exceeds the {self.experts // groups * kept} experts of the kept groups"
+            )
 
     def build(self, width: int) -> MoE:
         return MoE(self, width)
 
 
-class MoE(Module):
+class MoE(FeedForward):
     """Router, experts, shared experts."""
 
     def __init__(self, config: Config, width: int) -> None:
@@ -76,6 +81,11 @@ class MoE(Module):
             z = c.z_loss * loss / sequence.counts["tokens"]
             extra = z if extra is None else extra + z
         return y, extra, {"load": order.load}
+
+    def idle(self) -> int:
+        """The experts that were not chosen."""
+        routed = sum(parameter.numel() for parameter in self.experts.parameters())
+        return routed - routed * self.config.top_k // self.config.experts
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:

@@ -12,6 +12,9 @@ from models.parameter import Module
 class Experts(Module):
     """E SwiGLU experts (arXiv 2002.05202) of width `hidden`."""
 
+    gate_up: Tensor
+    down: Tensor
+
     def __init__(self, width: int, hidden: int, num_experts: int) -> None:
         super().__init__()
         self.width, self.hidden, self.num_experts = width, hidden, num_experts
@@ -22,7 +25,7 @@ class Experts(Module):
     def forward(self, x: Tensor, load: Tensor) -> Tensor:
         """x: [N, D], the first load[0] rows for expert 0, and so on; load: [E] integers. Returns [N, D]."""
         gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
-        return (grouped if _has_grouped_gemm(x) else loop)(x, load, gate_up, down)
+        return (grouped if _has_grouped_gemm(x, self.hidden) else loop)(x, load, gate_up, down)
 
     def flops(self) -> float:
         """Per token and expert."""
@@ -45,7 +48,6 @@ def loop(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return torch.cat(outs)
 
 
-def _has_grouped_gemm(x: Tensor) -> bool:
-    """PyTorch's grouped GEMM: bfloat16 on CUDA; also float32 on CPU; never float64. Row strides of 16 bytes."""
-    aligned = x.shape[-1] * x.element_size() % 16 == 0
-    return aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda))
+def _has_grouped_gemm(x: Tensor, hidden: int) -> bool:
+    """PyTorch's grouped GEMM takes bfloat16 alone where it is compiled, and rows of whole 16 bytes in every matrix."""
+    return x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and hidden % 8 == 0

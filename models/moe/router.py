@@ -1,7 +1,7 @@
 """Which experts a token goes to, and with which weights: softmax or sigmoid top-k, group-limited, bias-corrected.
 
-Switch and Mixtral (arXiv 2401.04088) take the softmax; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) the sigmoid, a bias
-that enters the selection only, and groups of experts of which the best few are kept.
+Switch and Mixtral (arXiv 2401.04088) take the softmax; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) the sigmoid, a
+bias that enters the selection only, and groups of experts of which the best few are kept.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from models.parameter import Module
 @dataclass(frozen=True)
 class Config:
     """normalise: weights of the chosen experts sum to one before `scaling`. bias: a selection-only bias that whoever
-    trains updates from the load. groups, kept_groups: experts are chosen within the best `kept_groups` of `groups` groups, a
-    group's score being the sum of its two best experts'."""
+    trains updates from the load. groups, kept_groups: experts are chosen within the best `kept_groups` of `groups`
+    groups, a group's score being the sum of its two best experts'."""
 
     affinity: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from .peers import SaveFailed
-from .store import Checkpoint, Checkpoints
+from .store import Checkpoint, Checkpoints, SaveFailed
 
 __all__ = ["Checkpoint", "Checkpoints", "SaveFailed"]

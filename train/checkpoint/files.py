@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from numpy import uint8
+from numpy.typing import NDArray
+from torch import Tensor
+
 # Bytes under one checksum: large, so that the work is done without Python's lock; small, so that threads can share it.
 CHUNK = 1 << 24
 VERIFY_THREADS = 4
@@ -47,13 +52,6 @@ class HashedFile:
         finally:
             self._file.close()
 
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.record.size
-
-    def flush(self) -> None:
-        """For writers that expect a file; the data is on disk when the file is closed."""
-
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`."""
         rest = memoryview(data).cast("B")
@@ -75,13 +73,14 @@ class Manifest:
     step: int
     facts: Mapping[str, Any]
     files: Mapping[str, FileRecord]
+    chunk: int = CHUNK
 
     def write(self, folder: Path) -> None:
         """The last file of a checkpoint."""
         body = {
             "step": self.step,
             "facts": dict(self.facts),
-            "chunk": CHUNK,
+            "chunk": self.chunk,
             "files": {name: {"size": r.size, "checksums": r.checksums} for name, r in sorted(self.files.items())},
         }
         text = json.dumps({"checksum": _text(zlib.crc32(_canonical(body))), **body}, indent=1)
@@ -94,7 +93,7 @@ class Manifest:
         try:
             body = json.loads((folder / MANIFEST).read_bytes())
             stated = body.pop("checksum")
-            whole = stated == _text(zlib.crc32(_canonical(body))) and body["chunk"] == CHUNK
+            whole = stated == _text(zlib.crc32(_canonical(body)))
             files = {name: FileRecord(**record) for name, record in body["files"].items()}
         except FileNotFoundError:
             raise ValueError(f"{MANIFEST} is missing") from None
@@ -102,25 +101,46 @@ class Manifest:
             whole = False
         if not whole:
             raise ValueError(f"{MANIFEST} is damaged")
-        return cls(body["step"], body["facts"], files)
+        return cls(body["step"], body["facts"], files, body["chunk"])
 
+    def problem(self, folder: Path, share: int = 0, num_shares: int = 1) -> str | None:
+        """What is wrong with the files in `folder`, in one phrase; None if nothing.
 
-def problem(folder: Path, files: Mapping[str, FileRecord], share: int, num_shares: int) -> str | None:
-    """What is wrong with this share of the files' chunks, in one phrase; None if nothing.
+        The shares 0 … num_shares - 1 together look at every chunk once, and each looks at every size.
+        """
+        for name, record in self.files.items():
+            try:
+                size = (folder / name).stat().st_size
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+            if size != record.size:
+                return f"{name} has {size} bytes instead of {record.size}"
+        chunks = [
+            (name, place * self.chunk, stated)
+            for name, record in self.files.items()
+            for place, stated in enumerate(record.checksums)
+        ]
+        with ThreadPoolExecutor(VERIFY_THREADS) as threads:
+            found = threads.map(lambda chunk: self._chunk_problem(folder, *chunk), chunks[share::num_shares])
+            return next(filter(None, found), None)
 
-    The shares 0 … num_shares - 1 together look at every chunk once, and each looks at every size.
-    """
-    for name, record in files.items():
+    def _chunk_problem(self, folder: Path, name: str, begin: int, stated: str) -> str | None:
         try:
-            size = (folder / name).stat().st_size
+            with (folder / name).open("rb", buffering=0) as file:
+                file.seek(begin)
+                crc, left = 0, self.chunk
+                while left and (data := file.read(min(left, 1 << 20))):
+                    crc, left = zlib.crc32(data, crc), left - len(data)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if size != record.size:
-            return f"{name} has {size} bytes instead of {record.size}"
-    chunks = [(name, place, stated) for name, record in files.items() for place, stated in enumerate(record.checksums)]
-    with ThreadPoolExecutor(VERIFY_THREADS) as threads:
-        found = threads.map(lambda chunk: _chunk_problem(folder, *chunk), chunks[share::num_shares])
-        return next(filter(None, found), None)
+        if _text(crc) != stated:
+            return f"{name} is damaged between bytes {begin} and {begin + self.chunk}"
+        return None
+
+
+def as_bytes(tensor: Tensor) -> NDArray[uint8]:
+    """The memory of a contiguous tensor on the host."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 def sync_folder(folder: Path) -> None:
@@ -130,20 +150,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _chunk_problem(folder: Path, name: str, place: int, stated: str) -> str | None:
-    try:
-        with (folder / name).open("rb", buffering=0) as file:
-            file.seek(place * CHUNK)
-            crc, left = 0, CHUNK
-            while left and (data := file.read(min(left, 1 << 20))):
-                crc, left = zlib.crc32(data, crc), left - len(data)
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    if _text(crc) != stated:
-        return f"{name} is damaged between bytes {place * CHUNK} and {(place + 1) * CHUNK}"
-    return None
 
 
 def _canonical(body: object) -> bytes:

@@ -46,7 +46,7 @@ def clean(folder: Path) -> list[str]:
     """Remove what a killed run left unfinished; return the names of what was removed."""
     folder.mkdir(parents=True, exist_ok=True)
     removed = []
-    for path in sorted(folder.glob(".step_*")):
+    for path in sorted(path for path in folder.glob(".step_*") if path.is_dir()):
         original = folder / path.name.removeprefix(".").removesuffix(REPLACED)
         if path.suffix == REPLACED and not original.exists():
             path.rename(original)  # killed between the two renames of `publish`

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 
 # A rank that writes a large part to a slow disk keeps the others waiting; one that died is noticed at once.
 PATIENCE = timedelta(hours=2)
 
 
-class SaveFailed(RuntimeError):
-    """A checkpoint was not written; one sentence says which, why and on which rank. The one before it stays."""
+class RankFailed(RuntimeError):
+    """What a rank had to do failed there; raised on every rank. Says which rank and why, in one line."""
+
+
+class Outcome(NamedTuple, Generic[A]):
+    """What an attempt returned, or why it failed."""
+
+    value: A | None
+    failure: str | None
 
 
 class Peers:
@@ -27,30 +34,40 @@ class Peers:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
-    def each(self, value: T) -> list[T]:
-        """Every rank's value, in rank order."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def meet(self, action: Callable[[], A], combine: Callable[[list[A]], list[B]]) -> B:
+        """Each rank does `action`; rank 0 does `combine` with what all returned; each rank gets its item of that.
 
-    def first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, where alone it runs; raises on every rank if it raised there."""
-        outcome: list[Any] = [None, None]
+        Raises RankFailed on every rank if any of it failed on any.
+        """
+        mine = self._attempt(action)
+        theirs: list[Any] = [None] * self.size
+        dist.gather_object(mine, theirs if self.rank == 0 else None, dst=0, group=self.group)
+        answers: list[Outcome[B]] = []
         if self.rank == 0:
-            try:
-                outcome[0] = action()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        value, failure = outcome
+            failures: list[Outcome[list[B]]] = [Outcome(None, o.failure) for o in theirs if o.failure is not None]
+            combined = failures[0] if failures else self._attempt(lambda: combine([o.value for o in theirs]))
+            if combined.value is None:
+                answers = [Outcome(None, combined.failure)] * self.size
+            else:
+                answers = [Outcome(item, None) for item in combined.value]
+        answer: list[Any] = [None]
+        dist.scatter_object_list(answer, answers, src=0, group=self.group)
+        value, failure = answer[0]
         if failure is not None:
-            raise failure
+            raise RankFailed(failure)
         return value
 
+    def first(self, action: Callable[[], A]) -> A:
+        """What `action` returns on rank 0, where alone it runs. Raises RankFailed."""
+        return self.meet(lambda: None, lambda _: [action()] * self.size)
 
-def cause(error: BaseException) -> str:
-    """The reason behind an error of several ranks, in one line: the first failing rank's own."""
-    if isinstance(error, CheckpointException):
-        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return f"rank {rank}: {cause(error)}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    def each(self, action: Callable[[], A]) -> list[A]:
+        """What `action` returns on every rank, in rank order. Raises RankFailed."""
+        return self.meet(action, lambda values: [values] * self.size)
+
+    def _attempt(self, action: Callable[[], A]) -> Outcome[A]:
+        try:
+            return Outcome(action(), None)
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            return Outcome(None, f"rank {self.rank}: {line}")

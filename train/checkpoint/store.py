@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from conf.schema import Refused
 
 from . import folder as folders
-from .files import HashedFile, Manifest, problem
-from .peers import Peers, SaveFailed, cause
+from .files import HashedFile, Manifest
+from .peers import Peers, RankFailed
 from .staging import Staging
-from .storage import Entry, Reader, Writer, read_table
+from .storage import TABLE, Entry, Table, TensorWriter, Written, read_table, read_tensors
 from .tree import Tree, put_together, take_apart
 
 log = logging.getLogger(__name__)
 
 PLAIN_FILE = "plain.pt"
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint was not written; one sentence says which, why and on which rank. The one before it stays."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Checkpoints:
     def save(self, step: int, state: Tree, wait: bool = False) -> None:
         """Copy `state` and write the copy in the background, or before returning if `wait`.
 
-        state: mappings of tensors, DTensors and plain values; plain values are rank 0's. Waits for a save that is still
-        running. Raises SaveFailed if that one, or with `wait` this one, was not written.
+        state: mappings of tensors, DTensors and plain values; what is not sharded is rank 0's. Waits for a save that is
+        still running. Raises SaveFailed if that one, or with `wait` this one, was not written.
         """
-        if self._writing is not None and not self._writing[1].done():
+        if self._writing is not None and not self.idle:
             self._log(logging.WARNING, "checkpoint of step %d waits for that of step %d", step, self._writing[0])
         self.wait()
         tensors, plain = take_apart(state)
@@ -91,6 +92,11 @@ class Checkpoints:
         self._writing = step, self._thread.submit(self._write, step, staged, packed.getbuffer())
         if wait:
             self.wait()
+
+    @property
+    def idle(self) -> bool:
+        """Whether this rank is writing nothing just now. The one method that is not collective."""
+        return self._writing is None or self._writing[1].done()
 
     def wait(self) -> None:
         """Return once nothing is being written. Raises SaveFailed if it was not written."""
@@ -136,48 +142,36 @@ class Checkpoints:
         self._check(candidate, tensors, plain, table, values)
         if path is None:
             self._set_aside(bad)
-        try:
-            dcp.load(
-                dict(tensors),
-                storage_reader=Reader(candidate, table),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._peers.group,
-            )
-        except CheckpointException as error:  # which is no Exception
-            raise RuntimeError(f"checkpoint {candidate} could not be read ({cause(error)}).") from error
+        self._peers.each(lambda: read_tensors(candidate, table, tensors))
         return Checkpoint(candidate, found.step, found.facts, put_together(state, values))
 
     def _write(self, step: int, tensors: dict[str, Tensor], plain: memoryview) -> None:
         path = folders.path_of(self.folder, step)
         partial = folders.aside(path, folders.PARTIAL)
         begun = time.monotonic()
+
+        def finish(shares: list[Written]) -> list[int]:
+            files = {name: record for share in shares for name, record in share.files.items()}
+            files[TABLE] = writer.write_table(partial, (part for share in shares for part in share.parts))
+            with HashedFile(partial / PLAIN_FILE) as file:
+                file.write(plain)
+            files[PLAIN_FILE] = file.record
+            Manifest(step, self.facts, files).write(partial)
+            folders.publish(partial, path)
+            return [sum(record.size for record in files.values())] * len(shares)
+
         try:
             self._peers.first(lambda: partial.mkdir(parents=True))
-            writer = Writer(partial)
-            dcp.save(
-                tensors,
-                storage_writer=writer,
-                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._peers.group,
-            )
-            files = {name: record for records in self._peers.each(writer.records) for name, record in records.items()}
-
-            def finish() -> None:
-                with HashedFile(partial / PLAIN_FILE) as file:
-                    file.write(plain)
-                Manifest(step, self.facts, {**files, PLAIN_FILE: file.record}).write(partial)
-                folders.publish(partial, path)
-
-            self._peers.first(finish)
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            # Free the space, unless the ranks cannot even agree any more: then the next start cleans.
+            writer = TensorWriter(self._peers, tensors)
+            size = self._peers.meet(lambda: writer.write(partial), finish)
+        except Exception as error:
             if self._peers.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)  # what stays all the same, the next start removes
+            reason = str(error) if isinstance(error, RankFailed) else f"lost a rank: {error}".splitlines()[0]
             raise SaveFailed(
-                f"The checkpoint of step {step} was not written to {self.folder} ({cause(error)}); the one before it"
+                f"The checkpoint of step {step} was not written to {self.folder} ({reason}); the one before it"
                 " is kept: mend the cause and run the same command again."
             ) from error
-        size = sum(record.size for record in files.values())
         self._log(logging.INFO, "checkpoint of step %d: %.3g GB in %.1f s", step, size / 1e9, time.monotonic() - begun)
         if self._peers.rank == 0:
             try:
@@ -203,7 +197,7 @@ class Checkpoints:
         manifest = self._peers.first(read)
         if isinstance(manifest, str):
             return manifest
-        problems = self._peers.each(problem(path, manifest.files, self._peers.rank, self._peers.size))
+        problems = self._peers.each(lambda: manifest.problem(path, self._peers.rank, self._peers.size))
         return next(filter(None, problems), manifest)
 
     def _check(
@@ -211,11 +205,11 @@ class Checkpoints:
         path: Path,
         tensors: Mapping[str, Tensor],
         plain: Mapping[str, Any],
-        table: Mapping[str, Entry],
+        table: Table,
         values: Mapping[str, Any],
     ) -> None:
         """Raise Refused on every rank if any finds that checkpoint and state differ in a name, a shape or a dtype."""
-        wanted = {name for names in self._peers.each([*tensors, *plain]) for name in names}
+        wanted = {name for names in self._peers.each(lambda: [*tensors, *plain]) for name in names}
         parts = {name.partition(".")[0] for name in wanted}
         unexpected = [name for name in [*table, *values] if name not in wanted and name.partition(".")[0] in parts]
         differences = [
@@ -223,7 +217,7 @@ class Checkpoints:
             *(f"it has no {name}" for name in plain if name not in values),
             *(f"it has {name} {_shape(table.get(name))}, which is unknown here" for name in unexpected),
         ]
-        found = self._peers.each(next(filter(None, differences), None))
+        found = self._peers.each(lambda: next(filter(None, differences), None))
         if difference := next(filter(None, found), None):
             raise Refused(
                 f"checkpoint {path} does not fit this run: {difference}; give the configuration that it was saved with,"
@@ -243,7 +237,7 @@ class Checkpoints:
 def _yield_to_compute() -> None:
     """Let the writing thread have what training leaves of the processor: on Linux a thread has its own priority."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _difference(name: str, entry: Entry | None, tensor: Tensor) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 Tree = Mapping[str, Any]
 
+# Exactly these: a subclass (numpy's float64 is a float) would need its own code to be read back.
 PLAIN = (type(None), bool, int, float, str, bytes)
 
 
@@ -25,8 +26,7 @@ def take_apart(tree: Tree) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(value, Tensor):
             tensors[path] = value
         else:
-            _check_plain(value, path)
-            plain[path] = value
+            plain[path] = _as_plain(value, path)
     return tensors, plain
 
 
@@ -61,17 +61,15 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _check_plain(value: Any, path: str) -> None:
-    """Refuse at the save what could not be read back without running code from the file."""
+def _as_plain(value: Any, path: str) -> Any:
+    """`value` in Python's own types; what could not be read back without running code from the file is refused."""
     if isinstance(value, Mapping):
-        for key, child in value.items():
-            _check_plain(key, path)
-            _check_plain(child, _join(path, key))
-    elif isinstance(value, list | tuple):
-        for place, child in enumerate(value):
-            _check_plain(child, _join(path, place))
-    elif not isinstance(value, PLAIN):
-        raise TypeError(f"the state holds a {type(value).__name__} at {path}; save numbers, texts, lists and mappings")
+        return {_as_plain(key, path): _as_plain(child, _join(path, key)) for key, child in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_as_plain(child, _join(path, place)) for place, child in enumerate(value))
+    if type(value) in PLAIN:
+        return value
+    raise TypeError(f"the state holds a {type(value).__name__} at {path}; save numbers, texts, lists and mappings")
 
 
 def _join(path: str, key: object) -> str:

@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 
 from data.batch import Batch
+from models.linear import full_precision
 from models.model import Losses, Model, Scores
 from models.sequence import Whole
 from parallel.apply import apply, set_gradient_sync, total_over_ranks
 from train import optimizer
 from train.config import Config
 from train.meter import Clock
+from train.optimizer.shards import local
 from train.ranks import Ranks
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class Step(NamedTuple):
@@ -51,9 +53,13 @@ class Engine:
         self.mesh = config.parallel.mesh(ranks.world_size, ranks.device.type)
         with torch.device("meta"):
             model = Model(config.model, DTYPES[train.compute])
-        core = importlib.import_module(f"models.cores.{train.core}").core
+        self.wide = full_precision(model.compute_dtype)
+        model.to(self.wide)
+        core = importlib.import_module(f"models.cores.{train.core}")
+        self.prepare = getattr(core, "prepare", None)
+        self.slots = [slot for attention in model.attentions() for slot in attention.slots()]
         for attention in model.attentions():
-            attention.core = core
+            attention.core = core.core
         self.model = apply(
             model,
             self.mesh,
@@ -66,17 +72,17 @@ class Engine:
         self.optimizer = settings.build(self.model, self.model.parametrization())
 
     def step(self, batch: Batch, learning_rate: float, clock: Clock) -> Step:
-        """One optimizer step over this rank's `batch`, in micro-batches; losses divide by counts of the global batch."""
+        """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
         device, world_size = self.ranks.device, self.ranks.world_size
         rows = batch.ids.shape[0]
-        counts = total_over_ranks(torch.tensor([float(batch.count()), float(rows)], device=device))
+        counts = total_over_ranks(torch.tensor([batch.count(), rows], dtype=self.wide, device=device))
         known = {"tokens": counts[0].clamp_min(1), "sequences": counts[1]}
-        sums = torch.zeros(2, device=device)
+        sums = torch.zeros(2, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
         micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
         for i, micro in enumerate(micro_batches):
             set_gradient_sync(self.model, i == len(micro_batches) - 1)
-            losses = self.model(micro.ids, _sequence(micro, known), micro.targets[0])
+            losses = self.model(micro.ids, self._sequence(micro, known), micro.targets[0])
             assert isinstance(losses, Losses)
             (losses.cross_entropy / known["tokens"] + losses.extra).backward()
             sums += torch.stack((losses.cross_entropy.detach(), losses.extra.detach()))
@@ -110,7 +116,7 @@ class Engine:
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             for micro in _micro_batches(batch.to(self.ranks.device), self.config.train.micro_batch):
-                scores = self.model(micro.ids, _sequence(micro, None), micro.targets[0], score=True)
+                scores = self.model(micro.ids, self._sequence(micro, None), micro.targets[0], score=True)
                 assert isinstance(scores, Scores)
                 scored = micro.targets[0] >= 0
                 sums += torch.stack(
@@ -119,6 +125,20 @@ class Engine:
         loss, hits, tokens = total_over_ranks(sums).tolist()
         return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens))
 
+    def _sequence(self, batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
+        sequence = Whole(batch.position, batch.document, single_document=batch.single_document, counts=counts)
+        if self.prepare is not None:
+            self.prepare(sequence, self.slots)
+        return sequence
+
+    def is_finite(self) -> bool:
+        """Whether all weights and optimizer state are, on every rank. Waits for the device."""
+        tensors = [*self.model.parameters(), *(v for values in self.optimizer.state.values() for v in values.values())]
+        parts = [part for part in map(local, tensors) if part.numel()]
+        largest = torch.stack([norm.double() for norm in torch._foreach_norm(parts, float("inf"))])
+        bad = (~largest.isfinite()).sum().to(torch.float32)
+        return total_over_ranks(bad).item() == 0
+
     def state(self) -> dict[str, Any]:
         """Model and optimizer by parameter name, each rank its part."""
         model, optim = get_state_dict(self.model, self.optimizer)
@@ -126,17 +146,11 @@ class Engine:
 
     def load(self, state: dict[str, Any]) -> None:
         """As `state` returned it, for the same configuration on any layout."""
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def load_weights(self, weights: dict[str, Any]) -> None:
         """The weights alone; the optimizer starts anew."""
         set_model_state_dict(self.model, weights)
-
-
-def _sequence(batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
-    return Whole(batch.position, batch.document, single_document=batch.single_document, counts=counts)
 
 
 def _micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:

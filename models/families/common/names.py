@@ -1,8 +1,9 @@
 """Tensors under two sets of names: ours and Transformers'.
 
-A table has one row for each kind of tensor of ours, `{layer}` standing for the depth. Its value is a list of spellings, the
-one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one on disk: a spelling
-that is a tuple means one matrix an expert, `{expert}`, the rows of the tuple's names one below the other.
+A table has one row for each kind of tensor of ours, `{layer}` standing for the depth. Its value is a tuple of
+spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
+on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
+other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Ours(Mapping[str, Tensor]):
     nothing reads, and, when it is read, for a wrong shape.
     """
 
-    def __init__(self, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Names, where: str) -> None:
+    def __init__(
+        self, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Names, where: str
+    ) -> None:
         self._theirs, self._shapes, self._where = theirs, shapes, where
         self._sources = {name: _present(name, shape, theirs, names, where) for name, shape in shapes.items()}
         self._refuse_unread(names)
@@ -58,12 +61,12 @@ class Ours(Mapping[str, Tensor]):
         try:
             return torch.stack([torch.cat(parts) for parts in experts])
         except RuntimeError:
-            raise Refused(f"{self._where} holds {_text(spelling)} of shapes that differ from expert to expert.") from None
+            raise Refused(
+                f"{self._where} holds {_text(spelling)} of shapes that differ from expert to expert."
+            ) from None
 
     def _refuse_unread(self, names: Names) -> None:
-        read = {
-            name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])
-        }
+        read = {name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])}
         unread = [name for name in self._theirs if name not in read]
         if _HEAD not in self._shapes:
             unread = [name for name in unread if not (name in names[_HEAD] and self._is_embedding(name))]
@@ -71,7 +74,9 @@ class Ours(Mapping[str, Tensor]):
         unread = [name for name in unread if self._theirs[name].numel()]
         if unread:
             more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-            raise Refused(f"{self._where} holds {unread[0]}{more}, which nothing in a model of this configuration reads.")
+            raise Refused(
+                f"{self._where} holds {unread[0]}{more}, which nothing in a model of this configuration reads."
+            )
 
     def _is_embedding(self, name: str) -> bool:
         """A tied head may be stored once more."""

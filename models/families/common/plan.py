@@ -45,12 +45,14 @@ def verified(
     model: ModelConfig, published: dict[str, Any], config_from: Callable[[Mapping[str, Any]], ModelConfig]
 ) -> dict[str, Any]:
     """`published`, if reading it back gives `model`. Raises Refused with the first thing that would be lost."""
-    back = config_from(published)
-    mine, other = _comparable(model), _comparable(back)
-    difference = _difference(mine, other, "")
-    if difference:
-        raise Refused(difference)
+    if lost := difference(model, config_from(published)):
+        raise Refused(lost)
     return published
+
+
+def difference(model: ModelConfig, other: ModelConfig) -> str:
+    """Where two models differ first, losses of training aside, in words; empty where they do not."""
+    return _difference(_comparable(model), _comparable(other), "")
 
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""A config.json, read strictly: a key that could change the model and that nobody reads is refused by name."""
+"""A config.json, read strictly: what Transformers has and we do not is refused, what nobody reads is told."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, cast
 
@@ -16,14 +18,39 @@ from models.families.common.names import Names
 T = TypeVar("T")
 
 INERT = frozenset(
-    # bookkeeping
-    "architectures auto_map dtype torch_dtype id2label label2id model_type name_or_path tokenizer_class "
-    "transformers_version bos_token_id eos_token_id pad_token_id sep_token_id "
-    # how it is run
-    "chunk_size_feed_forward ep_size is_encoder_decoder output_attentions output_hidden_states output_router_logits "
-    "pretraining_tp problem_type return_dict use_cache "
-    # losses of training
-    "aux_loss_alpha router_aux_loss_coef seq_aux".split()
+    {
+        # bookkeeping
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+        "model_type",
+        "name_or_path",
+        "transformers_version",
+        # tokens
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "tokenizer_class",
+        # how it is run
+        "chunk_size_feed_forward",
+        "ep_size",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "use_cache",
+        # losses of training
+        "aux_loss_alpha",
+        "router_aux_loss_coef",
+        "seq_aux",
+    }
 )
 """Keys that change no logit."""
 
@@ -67,13 +94,15 @@ def family(model_type: object, where: str) -> Family:
 
 
 def read(owner: type[T], published: Mapping[str, Any], fixed: Mapping[str, Any]) -> T:
-    """`published` as the dataclass `owner`, whose defaults are those of Transformers. fixed: in addition to FIXED."""
+    """`published` as the dataclass `owner`, whose fields and defaults are those of Transformers. fixed: besides FIXED.
+
+    A key that Transformers does not read either is named on stderr. Raises Refused for a value that is not represented.
+    """
     fixed = {**FIXED, **fixed}
-    values = {}
+    known = {field.name for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
     for key, value in published.items():
-        if key in fixed:
-            if value not in (None, fixed[key]):
-                raise Refused(f"config.json's {key} is {value!r}, but only {fixed[key]!r} can be represented here.")
-        elif key not in INERT and not key.startswith("_"):
-            values[key] = value
-    return schema.build(owner, values, "config.json")
+        if key in fixed and value not in (None, fixed[key]):
+            raise Refused(f"config.json's {key} is {value!r}, but only {fixed[key]!r} can be represented here.")
+        if key not in known | fixed.keys() | INERT and not key.startswith("_"):
+            print(f"config.json's {key} is a key that nothing reads.", file=sys.stderr)
+    return schema.build(owner, {key: published[key] for key in published if key in known}, "config.json")

@@ -54,6 +54,8 @@ def rope_from(
     if not isinstance(read, _Yarn):
         return rope, 1.0
     original = read.original_max_position_embeddings or positions
+    if original < 1:
+        raise Refused(f"config.json's original_max_position_embeddings is {original}, but at least 1 is needed.")
     factor = read.factor or positions / original
     yarn = {
         "factor": factor,

@@ -1,0 +1,1 @@
+"""Many runs: started, compared, and what a machine makes of them."""

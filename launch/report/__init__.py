@@ -1,0 +1,1 @@
+"""Runs compared: read (record), measured (quantities), set side by side (compare), drawn (plots), written (pages)."""

@@ -1,0 +1,52 @@
+"""`python -m launch report RUN... --out DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conf.schema import Refused
+from launch.arguments import Parser
+from launch.report import pages, plots
+from launch.report.compare import Comparison, compare
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0. Raises Refused for a directory that is no run, before anything is written."""
+    parser = Parser("python -m launch report", description="Compare runs: tables, plots and one page.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; seeds of one arm are grouped")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+    options = parser.parse_args(arguments)
+    comparison = write(options.runs, options.out)
+    print(pages.table_text(comparison))
+    for note in comparison.notes:
+        print(f"- {note}")
+    print(f"{options.out / 'index.html'}: {len(comparison.arms)} arm(s), {len(options.runs)} run(s).")
+    return 0
+
+
+def write(runs: list[Path], out: Path) -> Comparison:
+    """Compare `runs` and write report.md, report.json, the plots and index.html to `out`, over what is there.
+
+    Raises Refused where a directory is no run or `out` cannot be written.
+    """
+    comparison = compare(runs)
+    drawn = plots.draw(comparison)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out} cannot be made ({error.strerror}); choose another folder.") from None
+    for plot in plots.PLOTS:
+        (out / plot.file).unlink(missing_ok=True)  # of an earlier report that had more to draw
+    for plot, png in drawn:
+        _write(out / plot.file, png)
+    _write(out / "report.json", pages.as_json(comparison).encode())
+    _write(out / "report.md", pages.as_markdown(comparison, drawn).encode())
+    _write(out / "index.html", pages.as_html(comparison, drawn).encode())
+    return comparison
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Aside, then renamed: a browser that has the old page open never sees half of a new one."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_bytes(content)
+    aside.replace(file)

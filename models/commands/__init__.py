@@ -1,0 +1,1 @@
+"""What `python -m models` does, a command a file: `run(arguments)`, which prints and raises Refused."""

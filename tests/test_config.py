@@ -1,0 +1,178 @@
+"""Configurations: every shipped one is whole, the order of precedence holds, and every mistake has one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from conf.compose import choices, compose, groups
+from conf.schema import Refused, build
+from models.config import resolve
+from models.model import Model
+from models.parameter import named_specs
+from tests import runs
+from train.config import read
+from train.optimizer import read as read_optimizer
+from train.phases import stretches
+
+BACKBONES = [name for name in choices("model") if name.startswith("backbone")]
+CASES = [
+    *(pytest.param([f"model={name}"], id=f"model {name}") for name in choices("model")),
+    *(
+        pytest.param([f"model={model}", f"attention={attention}"], id=f"{model} with {attention}")
+        for model, attention in product(BACKBONES, choices("attention"))
+    ),
+    *(pytest.param([f"experiment={name}"], id=f"experiment {name}") for name in choices("experiment")),
+    *(
+        pytest.param([f"{group}={name}"], id=f"{group} {name}")
+        for group in groups()
+        if group not in ("model", "attention", "experiment")
+        for name in choices(group)
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides", CASES)
+def test_every_shipped_configuration_composes_and_builds(overrides: list[str]) -> None:
+    config = read(compose(overrides))
+    stretches(config.train, read_optimizer(config.optimizer).learning_rate)
+    with torch.device("meta"):
+        model = Model(config.model)
+    assert len(model.blocks) == len(resolve(config.model))
+    assert all(parameter.is_meta for _, parameter, _ in named_specs(model))
+
+
+def test_the_groups_that_a_run_is_made_of_are_there() -> None:
+    needed = {"attention", "data", "experiment", "model", "moe", "optimizer", "parallel", "residual", "schedule"}
+    assert needed <= set(groups())
+
+
+def test_an_experiment_overrides_a_group_and_the_command_line_both() -> None:
+    default = compose([])
+    smoke = compose(["experiment=smoke"])
+    assert default["model"]["layers"][0]["of"][0]["attention"]["scheme"] == "gqa"
+    assert smoke["model"]["layers"][0]["of"][0]["attention"]["scheme"] == "mla"
+    assert smoke["train"]["steps"] != default["train"]["steps"]
+    for overrides in (["experiment=smoke", "train.steps=7"], ["train.steps=7", "experiment=smoke"]):
+        assert compose(overrides)["train"]["steps"] == 7
+    assert compose(["experiment=smoke", "attention=gqa"])["model"]["layers"][0]["of"][0]["attention"]["scheme"] == "gqa"
+
+
+def test_building_material_is_no_section_of_a_run() -> None:
+    assert not {"attention", "moe", "residual"} & compose([]).keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        pytest.param("3e-4", 3e-4, id="a number that YAML reads as text"),
+        pytest.param("1", 1.0, id="a whole number for a number"),
+    ],
+)
+def test_numbers(text: str, value: float) -> None:
+    assert read_optimizer(read(compose([f"optimizer.learning_rate={text}"])).optimizer).learning_rate == value
+
+
+@dataclasses.dataclass
+class Inner:
+    size: int = 1
+
+
+@dataclasses.dataclass
+class Outer:
+    inner: Inner
+    name: str = ""
+    rate: float = 1.0
+    flag: bool = False
+    kind: Literal["a", "b"] = "a"
+    maybe: int | None = None
+    items: list[Inner] = dataclasses.field(default_factory=list)
+    pair: tuple[int, int] = (1, 2)
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate ({self.rate}) must not be negative")
+
+
+def test_a_mapping_is_read_whole() -> None:
+    values = {
+        "inner": {"size": 2},
+        "rate": 3,
+        "maybe": None,
+        "items": [{"size": 4}],
+        "pair": [5, 6],
+        "table": {"x": 7},
+    }
+    expected = Outer(Inner(2), rate=3.0, items=[Inner(4)], pair=(5, 6), table={"x": 7})
+    assert build(Outer, values, "outer") == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        pytest.param({"nmae": "x"}, "outer.nmae is not a key that anything reads; did you mean 'name'?", id="misspelt"),
+        pytest.param({"inner": {"sizes": 1}}, "outer.inner.sizes is not a key", id="misspelt deeper"),
+        pytest.param({"inner": 3}, "outer.inner is 3 (int), but a mapping of keys is needed.", id="no mapping"),
+        pytest.param({"inner": None}, "outer.inner is None", id="null for a mapping"),
+        pytest.param({"rate": "fast"}, "outer.rate is 'fast' (str), but a number is needed.", id="text for a number"),
+        pytest.param({"rate": True}, "outer.rate is True (bool), but a number is needed.", id="truth for a number"),
+        pytest.param({"rate": -1}, "outer: rate (-1.0) must not be negative.", id="out of range"),
+        pytest.param({"inner": {"size": True}}, "outer.inner.size is True", id="truth for a count"),
+        pytest.param({"flag": 1}, "outer.flag is 1 (int), but true or false is needed.", id="number for truth"),
+        pytest.param({"flag": "true"}, "outer.flag is 'true' (str), but true or false is needed.", id="text for truth"),
+        pytest.param({"kind": "c"}, "outer.kind is 'c' (str), which does not exist", id="no such choice"),
+        pytest.param({"kind": ["a"]}, "outer.kind is ['a'] (list), which does not exist", id="a list for a choice"),
+        pytest.param({"maybe": "x"}, "outer.maybe is 'x' (str), but a whole number is needed.", id="text for a maybe"),
+        pytest.param({"items": "x"}, "outer.items is 'x' (str), but a list is needed.", id="text for a list"),
+        pytest.param({"items": [{"sise": 1}]}, "outer.items[0].sise is not a key", id="misspelt in a list"),
+        pytest.param({"pair": [1]}, "outer.pair has 1 items, but 2 are needed.", id="half a pair"),
+        pytest.param({"table": {"x": "y"}}, "outer.table.x is 'y'", id="text in a table of numbers"),
+    ],
+)
+def test_a_mistake_has_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        build(Outer, {"inner": {}} | change, "outer")
+    assert sentence in str(refusal.value)
+    assert str(refusal.value)[-1] in ".?"
+
+
+def test_a_missing_key_is_told() -> None:
+    with pytest.raises(Refused, match=r"^outer.inner is missing; give it a value of type Inner\.$"):
+        build(Outer, {}, "outer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        pytest.param(["model=none"], "model is 'none'", id="no such model"),
+        pytest.param(["+extra.key=1"], "extra is not a key that anything reads", id="a section that nobody reads"),
+        pytest.param(["a=b=c"], "", id="two equals signs"),
+        pytest.param(["~train"], "train.seed' not found", id="a section deleted"),
+        pytest.param(["~nothing"], "nothing", id="nothing deleted"),
+        pytest.param(["train.steps=1,2"], "train.steps=1,2 gives several values", id="a sweep"),
+        pytest.param(["model.layers=[]"], "layers must not be empty", id="no layers"),
+        pytest.param(["model.layers=[{of: []}]"], "must hold at least one layer", id="an empty stack"),
+        pytest.param(
+            ["model.layers=[{of: [{attention: {scheme: gqaa}, feedforward: ${moe}}]}]"], "gqa", id="no such scheme"
+        ),
+        pytest.param(["optimizer.name=sgd"], "sgd", id="no such optimizer"),
+        pytest.param(["data.train.source=corpse"], "corpse", id="no such source"),
+        pytest.param(["engine=titan"], "engine is 'titan'", id="no such engine"),
+        pytest.param(["hydra.run.dir=x"], "hydra", id="Hydra's own settings"),
+        pytest.param(["train.phases=3"], "train.phases is 3", id="a number for phases"),
+    ],
+)
+def test_compositions_that_are_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(Refused, match=sentence) as refusal:
+        read(compose(overrides))
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value)[-1] in ".?"
+
+
+def test_the_tiny_run_of_the_tests_is_read_whole() -> None:
+    assert len(resolve(read(compose(runs.TINY)).model)) == 2

@@ -1,0 +1,215 @@
+"""The engine: every layout of ranks, and every way of saving memory, does what one process does, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.compose import choices, compose
+from data.loader import Loader
+from data.source import Window
+from models.moe.router import Router
+from models.parameter import named_specs
+from tests.runs import TINY
+from tests.toy import everything, whole
+from train.config import read
+from train.engines.torch import Engine
+from train.meter import Clock
+from train.ranks import Ranks
+
+RunRanks = Callable[..., list[Any]]
+Results = dict[str, Tensor]
+
+ROWS, LENGTH, STEPS = 8, 12, 3
+TOLERANCE = 1e-10  # of the norm of the difference to the norm
+OPTIMIZERS = (["optimizer=adamw"], ["optimizer=muon", "optimizer.precision=float64"])
+BASE = [
+    *TINY, f"train.sequence_length={LENGTH}", f"train.batch_tokens={ROWS * LENGTH}", "train.micro_batch=8",
+    "train.clip=0.1", "moe.balance_loss=0.1", "moe.z_loss=0.1", "moe.bias_rate=0.01", "attention.window=5",
+]  # fmt: skip
+
+
+class Documents:
+    """Windows of random tokens and borders: their numbers of scored targets differ, and so do the ranks' shares."""
+
+    fingerprint, vocab = "documents", 64
+    num_tokens = bytes_per_token = None
+    unigram_entropy = 0.0
+
+    def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
+        draw = np.random.default_rng([index, seed])
+        length = sequence_length + lookahead
+        borders = draw.choice(np.arange(1, length), size=draw.integers(0, length // 2), replace=False)
+        return Window(draw.integers(0, 64, length), np.array([0, *sorted(borders)], np.int64))
+
+
+def this_rank() -> Ranks:
+    world = dist.group.WORLD
+    assert world is not None
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), world)
+
+
+def loader(length: int = LENGTH) -> Loader:
+    return Loader(Documents(), sequence_length=length, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def starve(engine: Engine) -> None:
+    """Keep every token from expert 0."""
+    routers = [module for module in engine.model.modules() if isinstance(module, Router)]
+    assert routers
+    for router in routers:
+        assert router.bias is not None
+        router.bias[0] = -100.0
+
+
+def _train(overrides: list[str]) -> Results:
+    """Everything that a few steps compute, whole, by name."""
+    config = read(compose(overrides))
+    engine, data = Engine(config, this_rank()), loader(config.train.sequence_length)
+    starve(engine)
+    results: Results = {}
+    step = 0
+
+    def note_gradients(*_: object) -> None:
+        for name, parameter in engine.model.named_parameters():
+            assert parameter.grad is not None
+            results[f"step {step} gradient of {name}"] = whole(parameter.grad).clone()
+
+    engine.optimizer.register_step_pre_hook(note_gradients)
+    for step in range(STEPS):
+        result = engine.step(data.batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu")))
+        for name, value in result._asdict().items():
+            results[f"step {step} {name}"] = value
+    results |= everything(engine.model, engine.optimizer)
+    results |= {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    evaluation = engine.evaluate(data.fixed(num_samples=6, batch_size=4))
+    return results | {f"evaluation {name}": torch.tensor(value) for name, value in evaluation._asdict().items()}
+
+
+def _train_both(overrides: list[str]) -> list[Results]:
+    return [_train([*BASE, "train.compute=fp64", *optimizer, *overrides]) for optimizer in OPTIMIZERS]
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    one, other = one.double(), other.double()
+    return float((one - other).norm() / other.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def assert_equal(found: Results, expected: Results) -> None:
+    assert found.keys() == expected.keys()
+    differences = {name: difference(found[name], expected[name]) for name in found}
+    assert not {name: value for name, value in differences.items() if not value <= TOLERANCE}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """What one process computes."""
+    from tests.ranks import runner
+
+    return runner(tmp_path_factory.mktemp("expected"))(1, _train_both, [])[0]
+
+
+def test_the_reference_shows_what_it_should(expected: list[Results]) -> None:
+    for results in expected:
+        loads = results["step 0 loads"]
+        assert loads.shape == (2, 4)
+        assert (loads[:, 0] == 0).all()
+        assert (loads[:, 1:] > 0).all()
+        assert results["step 0 grad_norm"] > 0.1  # the limit: clipping does something
+        assert results["step 0 extra"] > 0
+        assert all(value.dtype == torch.float64 for name, value in results.items() if "gradient of" in name)
+    assert len({name for name in expected[0] if name.startswith("step 0 gradient")}) > 15
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        pytest.param(2, [], id="2 ranks"),
+        pytest.param(4, [], id="4 ranks"),
+        pytest.param(2, ["parallel.replicate=2"], id="2 replicas"),
+        pytest.param(4, ["parallel.replicate=2"], id="2 replicas of 2 ranks"),
+        pytest.param(1, ["train.micro_batch=3"], id="uneven accumulation"),
+        pytest.param(2, ["train.micro_batch=1", "parallel.reshard_after_forward=false"], id="2 ranks, accumulation"),
+        pytest.param(1, ["train.recompute=full"], id="recompute"),
+        pytest.param(2, ["train.recompute=full", "train.micro_batch=2"], id="2 ranks, recompute and accumulation"),
+    ],
+)
+def test_layouts_equal_one_process(
+    ranks: RunRanks, expected: list[Results], world_size: int, overrides: list[str]
+) -> None:
+    for of_rank in ranks(world_size, _train_both, overrides):
+        for found, reference in zip(of_rank, expected, strict=True):
+            assert_equal(found, reference)
+
+
+def _train_schemes(schemes: list[str]) -> dict[str, Results]:
+    """With the sizes that each is shipped with, over windows that hold more than one compressed block."""
+    base = [value for value in BASE if not value.startswith(("attention.", "model.width"))]
+    long = ["train.sequence_length=40", f"train.batch_tokens={ROWS * 40}", "train.compute=fp64"]
+    return {scheme: _train([*base, *long, f"attention={scheme}"]) for scheme in schemes}
+
+
+def test_every_scheme_under_fsdp_equals_one_process(ranks: RunRanks) -> None:
+    schemes = choices("attention")
+    expected = ranks(1, _train_schemes, schemes)[0]
+    for found in ranks(2, _train_schemes, schemes):
+        for scheme in schemes:
+            assert_equal(found[scheme], expected[scheme])
+
+
+def _dtypes(overrides: list[str]) -> tuple[dict[str, set[str]], float]:
+    """By parameter declared fp32, the dtypes it was seen in: stored, in a forward, its gradient; and the last loss."""
+    engine = Engine(read(compose([*BASE, *overrides])), this_rank())
+    seen: dict[str, set[str]] = {name: set() for name, _, spec in named_specs(engine.model) if spec.fp32}
+    modules = dict(engine.model.named_modules())
+
+    def watch(name: str) -> None:
+        owner, _, attribute = name.rpartition(".")
+        modules[owner].register_forward_pre_hook(
+            lambda module, _: seen[name].add(str(getattr(module, attribute).dtype))
+        )
+
+    def note_gradients(*_: object) -> None:
+        for name in seen:
+            gradient = engine.model.get_parameter(name).grad
+            assert gradient is not None
+            seen[name].add(str(gradient.dtype))
+
+    for name in seen:
+        watch(name)
+    engine.optimizer.register_step_pre_hook(note_gradients)
+    loss = 0.0
+    for step in range(STEPS):
+        loss = float(engine.step(loader().batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu"))).loss)
+    for name, parameter in engine.model.named_parameters():
+        assert parameter.dtype == torch.float32, name
+    return seen, loss
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bf16_lowers_no_parameter_that_is_declared_fp32(ranks: RunRanks, world_size: int) -> None:
+    seen, loss = ranks(world_size, _dtypes, ["train.compute=bf16"])[0]
+    _, precise = ranks(1, _dtypes, ["train.compute=fp32"])[0]
+    assert seen
+    assert set.union(*seen.values()) == {"torch.float32"}
+    assert loss != precise
+    assert loss == pytest.approx(precise, rel=5e-3)
+
+
+def _finite(overrides: list[str]) -> list[bool]:
+    engine = Engine(read(compose([*BASE, *overrides])), this_rank())
+    answers = [engine.is_finite()]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        next(reversed(list(engine.optimizer.state.values())))["exp_avg"].fill_(float("nan"))
+    return [*answers, engine.is_finite()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_agree_that_a_state_is_not_finite(ranks: RunRanks, world_size: int) -> None:
+    assert ranks(world_size, _finite, []) == [[True, False]] * world_size

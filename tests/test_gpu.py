@@ -1,0 +1,177 @@
+"""What only a GPU can show: each fast path against its plain twin in bf16, decode, and a run that resumes bitwise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf import schema
+from models.config import ModelConfig
+from models.contract import Slot, Visibility, at_tokens
+from models.cores import fused, plain
+from models.cores.merge import Core
+from models.decode import score
+from models.model import Losses, Model
+from models.moe import experts
+from models.sequence import Whole
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+ROOT = Path(__file__).parents[1]
+BF16 = 1e-2  # norm-wise; products of bf16 operands err by 2⁻⁹ each
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def rows(documents: list[list[int]]) -> Whole:
+    """Documents of these lengths in each row."""
+    position = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+    document = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in documents])
+    return Whole(position.cuda(), document.cuda(), single_document=all(len(row) == 1 for row in documents))
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    dims: tuple[int, int]
+    documents: list[list[int]]
+    reach: int | None = None
+
+
+CASES = [
+    pytest.param(Case(16, 4, (128, 128), [[1024], [1024]]), id="gqa one document"),
+    pytest.param(Case(16, 4, (128, 128), [[700, 324], [1, 1023]]), id="gqa packed"),
+    pytest.param(Case(16, 4, (128, 128), [[1000], [1000]], 130), id="gqa window odd length"),
+    pytest.param(Case(16, 16, (192, 128), [[1024], [1024]]), id="mla one document"),
+    pytest.param(Case(16, 16, (192, 128), [[77, 947], [512, 512]]), id="mla packed"),
+    pytest.param(Case(16, 1, (64, 64), [[300, 724], [1024 - 9, 9]], 257), id="mqa packed window"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_fused_core_equals_the_plain_one(case: Case) -> None:
+    sequence = rows(case.documents)
+    fused.prepare(sequence, [Slot("kv", (), reach=case.reach)])
+    num_rows, length = sequence.position.shape
+    shapes = [(case.heads, case.dims[0]), (case.kv_heads, case.dims[0]), (case.kv_heads, case.dims[1])]
+    inputs = [torch.randn(num_rows, length, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    probe = torch.randn(num_rows, length, case.heads, case.dims[1], device="cuda")
+    results = []
+    cores: list[tuple[Core, torch.dtype]] = [(fused.core, torch.bfloat16), (plain.core, torch.float64)]
+    for core, dtype in cores:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        entries = at_tokens(sequence, {})
+        out = core(*leaves, Visibility.of(entries, sequence, case.reach), case.dims[0] ** -0.5)[0]
+        (out.double() * probe).sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    errors = [error(got, wanted) for got, wanted in zip(*results, strict=True)]
+    assert max(errors) < BF16, errors
+
+
+@pytest.mark.parametrize(
+    "loads", [[256] * 4, [0, 1000, 23, 1], [0, 0, 1024, 0]], ids=["even", "uneven", "one takes all"]
+)
+def test_the_grouped_gemm_equals_the_loop(loads: list[int]) -> None:
+    load = torch.tensor(loads, device="cuda")
+    shapes = [(sum(loads), 256), (4, 2 * 384, 256), (4, 256, 384)]
+    inputs = [torch.randn(shape, device="cuda") / shape[-1] ** 0.5 for shape in shapes]
+    results = []
+    for function, dtype in ((experts.grouped, torch.bfloat16), (experts.loop, torch.float64)):
+        x, gate_up, down = (value.to(torch.bfloat16).detach().to(dtype).requires_grad_() for value in inputs)
+        out = function(x, load, gate_up, down)
+        out.square().sum().backward()
+        results.append([out, x.grad, gate_up.grad, down.grad])
+    errors = [error(got, wanted) for got, wanted in zip(*results, strict=True)]
+    assert max(errors) < BF16, errors
+
+
+MOE = {"scheme": "moe", "experts": 8, "top_k": 2, "hidden": 128, "shared_hidden": 128, "balance_loss": 0.01}
+ATTENTION = {
+    "gqa": {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 64, "qk_norm": True},
+    "gqa window": {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 64, "window": 50},
+    "mla": {"scheme": "mla", "heads": 4, "latent": 64, "nope_dim": 64, "rope_dim": 32, "value_dim": 64},
+    "hca": {"scheme": "hca", "heads": 4, "head_dim": 64, "rope_dim": 32, "query_latent": 64, "window": 32, "rate": 16,
+            "groups": 2, "group_rank": 64},
+}  # fmt: skip
+
+
+def model(name: str, compute: torch.dtype) -> Model:
+    layers = [{"repeat": 2, "of": [{"attention": ATTENTION[name], "feedforward": MOE}]}]
+    values = {"vocab": 512, "width": 256, "layers": layers}
+    built = Model(schema.build(ModelConfig, values, "model"), compute)
+    built.initialise(0)
+    return built.cuda()
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_compiled_fused_bf16_model_is_near_the_plain_fp32_one(name: str) -> None:
+    sequence = rows([[300, 212], [512]])
+    fast, slow = model(name, torch.bfloat16), model(name, torch.float32)
+    for attention in slow.attentions():
+        attention.core = plain.core
+    for attention in fast.attentions():
+        attention.core = fused.core
+    fused.prepare(sequence, [slot for attention in fast.attentions() for slot in attention.slots()])
+    for block in fast.blocks:
+        block.compile(fullgraph=True)
+    ids = torch.randint(512, (2, 512), device="cuda")
+    gradients = []
+    for built in (fast, slow):
+        losses = built(ids, sequence, ids.roll(-1, 1))
+        assert isinstance(losses, Losses)
+        (losses.cross_entropy / ids.numel() + losses.extra).backward()
+        gradients.append(
+            torch.cat(
+                [p.grad.flatten() for n, p in built.named_parameters() if p.grad is not None and "router" not in n]
+            )
+        )
+    assert error(*gradients) < 0.1  # routing near a tie flips under bf16: a few tokens' experts differ
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_decode_through_the_cache_equals_the_whole(name: str) -> None:
+    built = model(name, torch.float32)
+    ids = torch.randint(512, (2, 100), device="cuda")
+    whole = built(ids, Whole.rows(2, 100, "cuda"))
+    assert error(score(built, ids, 7)[0], whole) < 1e-4
+
+
+def test_a_run_on_the_gpu_resumes_bitwise(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for file in sorted(ROOT.glob("models/**/*.py")):
+        (tmp_path / "text" / f"{file.stem}.txt").write_text(file.read_text())
+    corpus = tmp_path / "corpus"
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "data", "prepare", f"source={tmp_path / 'text'}", f"out={corpus}"], check=True, cwd=ROOT)
+    losses = []
+    for name, stop_at in (("whole", None), ("stopped", 12)):
+        settings = [
+            "experiment=smoke", f"run.dir={tmp_path / name}", f"data.train.path={corpus}", "run.device=cuda",
+            "run.deterministic=true", "train.compute=bf16", "train.core=fused", "train.compile=true",
+        ]  # fmt: skip
+        if stop_at is not None:
+            first = subprocess.Popen([*python, "train", *settings], cwd=ROOT)
+            while first.poll() is None and len(steps(tmp_path / name)) < stop_at:
+                pass
+            (tmp_path / name / "stop").touch()
+            assert first.wait() == 75
+        subprocess.run([*python, "train", *settings], check=True, cwd=ROOT)
+        losses.append([(record["step"], record["loss"], record["grad_norm"]) for record in steps(tmp_path / name)])
+    assert len(losses[0]) == 40
+    assert losses[0] == losses[1]
+
+
+def steps(directory: Path) -> list[dict[str, float]]:
+    file = directory / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n") and '"loss":' in line]

@@ -1,0 +1,220 @@
+"""A run that is killed, stopped or moved to another number of ranks goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.loader import Loader
+from data.recall import Config as RecallConfig
+from tests import runs
+from tests.runs import TINY
+
+ROOT = Path(__file__).parents[1]
+STEPS = 32
+PHASES = "train.phases=[{start: 9, sequence_length: 16}, {start: 17, batch_tokens: 128, learning_rate: 1e-3}]"
+BASE = [*TINY, f"train.steps={STEPS}", PHASES]
+OPTIMIZERS = {"adamw": ["optimizer=adamw"], "muon": ["optimizer=muon"]}
+
+Reference = Callable[[int, str], Path]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """`reference(ranks, optimizer)`: the directory of an uninterrupted run; its corpus lies beside it."""
+    folder = tmp_path_factory.mktemp("reference")
+    runs.write_text(folder)
+    made: dict[tuple[int, str], Path] = {}
+
+    def get(ranks: int, optimizer: str) -> Path:
+        key = (ranks, optimizer)
+        if key not in made:
+            runs.train(folder, [*BASE, *OPTIMIZERS[optimizer], f"run.dir={optimizer}_{ranks}"], ranks)
+            made[key] = folder / f"{optimizer}_{ranks}"
+        return made[key]
+
+    return get
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert runs.course(run) == runs.course(expected)
+    assert runs.validations(run) == runs.validations(expected)
+    assert runs.saved(run) == runs.saved(expected)
+    runs.assert_same_state(runs.state(run, STEPS), runs.state(expected, STEPS))
+
+
+def steps_made(run: Path) -> int:
+    return int(max((record["step"] for record in runs.records(run)), default=0))
+
+
+def starting_steps(run: Path) -> list[int]:
+    """Where each start of the run stood, by its log."""
+    return [int(step) for step in re.findall(rf"steps (\d+) to {STEPS}\n", (run / "log.txt").read_text())]
+
+
+def unfinished(run: Path) -> list[str]:
+    return [name for name in runs.saved(run) if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, id="1 rank"), pytest.param(2, id="2 ranks")])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_killed_at_random_moments(reference: Reference, ranks: int, optimizer: str) -> None:
+    expected = reference(ranks, optimizer)
+    folder, draw = expected.parent, random.Random(f"{ranks} {optimizer}")
+    arguments = [*BASE, *OPTIMIZERS[optimizer], "run.dir=killed"]
+    run = folder / "killed"
+
+    # inside a save, once there is a checkpoint to go back to; a save that ended meanwhile is another chance
+    while not unfinished(run):
+        assert steps_made(run) < STEPS, "no save was caught"
+        job = runs.start(folder, arguments, ranks)
+        runs.wait_until(lambda: bool(unfinished(run)) and "step_00000004" in runs.saved(run), job)
+        job.kill()
+    about_saves = [line for line in (run / "log.txt").read_text().splitlines() if "checkpoint of step" in line]
+    assert about_saves[-1].endswith(": writing")
+
+    for _ in range(3):
+        starts, further = len(starting_steps(run)), draw.randint(1, 6)
+        job = runs.start(folder, arguments, ranks)
+        assert runs.wait_until(lambda starts=starts: len(starting_steps(run)) > starts, job)  # type: ignore[misc]
+        target = starting_steps(run)[-1] + further
+        assert runs.wait_until(lambda target=target: steps_made(run) >= target, job)  # type: ignore[misc]
+        time.sleep(draw.uniform(0, 0.02))
+        job.kill()
+        assert [process.exitcode for process in job.processes] == [-signal.SIGKILL] * ranks
+
+    runs.train(folder, arguments, ranks)
+    log = (run / "log.txt").read_text()
+    assert re.search(r"removed \.step_\d+\.partial", log)
+    assert sum(step > 0 for step in starting_steps(run)) >= 4
+    assert_same_run(run, expected)
+    run.rename(folder / f"killed_{optimizer}_{ranks}")
+
+
+def test_asked_to_stop_by_signals_and_by_a_file(reference: Reference) -> None:
+    """Every way once, one after the other, each on one of two ranks."""
+    expected = reference(2, "adamw")
+    folder, run = expected.parent, expected.parent / "stopped"
+    arguments = [*BASE, "run.dir=stopped"]
+    ways: list[tuple[str, Callable[[runs.Job], object]]] = [
+        ("SIGTERM", lambda job: job.signal(signal.SIGTERM, rank=0)),
+        ("another rank", lambda job: job.signal(signal.SIGUSR1, rank=1)),
+        ("stop", lambda job: (run / "stop").touch()),
+    ]
+    for by, stop in ways:
+        job = runs.start(folder, arguments, 2)
+        before = steps_made(run)
+        assert runs.wait_until(lambda before=before: steps_made(run) > before, job)  # type: ignore[misc]
+        stop(job)
+        assert job.end() == 75
+        step = steps_made(run)
+        assert before < step < STEPS
+        assert runs.saved(run)[-1] == f"step_{step:08d}"
+        assert not (run / "stop").exists()
+        exit_note = json.loads((run / "exit.json").read_text())
+        assert exit_note["code"] == 75
+        assert by in exit_note["reason"]
+        assert "the same command resumes" in job.printed()
+    runs.train(folder, arguments, 2)
+    assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
+    assert runs.course(run) == runs.course(expected)
+    runs.assert_same_state(runs.state(run, STEPS), runs.state(expected, STEPS))
+
+
+# Another order of summation in float32, over 32 steps; losses are about 4.
+LOSS_TOLERANCE = 1e-5
+
+
+def test_another_number_of_ranks_goes_on(reference: Reference) -> None:
+    expected = reference(1, "adamw")
+    folder, run = expected.parent, expected.parent / "moved"
+    for ranks in (1, 2):
+        before = steps_made(run)
+        job = runs.start(folder, [*BASE, "run.dir=moved"], ranks)
+        assert runs.wait_until(lambda before=before: steps_made(run) > before + 3, job)  # type: ignore[misc]
+        (run / "stop").touch()
+        assert job.end() == 75, job.printed()
+        assert before + 3 < steps_made(run) < STEPS
+    runs.train(folder, [*BASE, "run.dir=moved"], 1)
+    log = (run / "log.txt").read_text()
+    assert "resumed with another layout.ranks: 2, before 1" in log
+    assert "resumed with another layout.ranks: 1, before 2" in log
+    pairs = list(zip(runs.records(run), runs.records(expected), strict=True))
+    for key in ("step", "tokens", "lr", "batch"):
+        assert [one[key] for one, _ in pairs] == [other[key] for _, other in pairs]
+    assert max(abs(one["loss"] - other["loss"]) for one, other in pairs) < LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_one_stream_of_samples(world_size: int) -> None:
+    source = RecallConfig().open()
+
+    def digest(rank: int, size: int) -> int:
+        return int(Loader(source, sequence_length=32, rank=rank, world_size=size).batch(12, 8).digest, 16)
+
+    assert sum(digest(rank, world_size) for rank in range(world_size)) % 2**64 == digest(0, 1)
+    assert digest(0, 1) != int(Loader(source, sequence_length=32).batch(13, 8).digest, 16)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def spawn(folder: Path, arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+    """As a user would, from a shell."""
+    with output.open("w") as file:
+        return subprocess.Popen(
+            arguments, cwd=folder, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while steps_made(run) < step:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_command_itself_resumes(reference: Reference) -> None:
+    expected = reference(1, "adamw")
+    folder, run, output = expected.parent, expected.parent / "command", expected.parent / "command.txt"
+    arguments = command("train", *BASE, "run.dir=command")
+    process = spawn(folder, arguments, output)
+    wait_for_step(run, 6, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert spawn(folder, arguments, output).wait(120) == 0, output.read_text()
+    assert_same_run(run, expected)
+
+
+def test_under_torchrun_a_killed_rank_ends_the_others(reference: Reference) -> None:
+    expected = reference(2, "adamw")
+    folder, run, output = expected.parent, expected.parent / "torchrun", expected.parent / "torchrun.txt"
+    arguments = command(
+        "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "train", *BASE, "run.dir=torchrun"
+    )
+    agent = spawn(folder, arguments, output)
+    wait_for_step(run, 6, agent)
+    workers = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+    ranks = [pid for pid in workers if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    killed_at = time.monotonic()
+    os.kill(ranks[0], signal.SIGKILL)
+    assert agent.wait(60) == 1
+    assert time.monotonic() - killed_at < 60
+    causes = [line for line in output.read_text().splitlines() if line.startswith("failed: ")]
+    assert causes == ["failed: another rank ended and left this one waiting; its own log or the launcher's says why."]
+    assert json.loads((run / "exit.json").read_text())["code"] == 1
+
+    assert spawn(folder, arguments, output).wait(120) == 0, output.read_text()
+    assert_same_run(run, expected)

@@ -1,0 +1,176 @@
+"""One run from its command to its directory: what it writes, prints and starts from."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from conf.compose import choices, compose, groups
+from tests import runs
+from tests.runs import TINY
+from train.__main__ import main
+from train.config import read
+from train.metrics import Metrics
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, and a finished run of eight steps in `done`."""
+    folder = tmp_path_factory.mktemp("run")
+    runs.write_text(folder)
+    runs.train(folder, [*TINY, "train.steps=8", "run.dir=done"])
+    return folder
+
+
+def test_the_directory_holds_what_scripts_rely_on(place: Path) -> None:
+    run = place / "done"
+    written = "checkpoints code.tar.gz config.yaml environment.json exit.json log.txt metrics.jsonl"
+    assert sorted(path.name for path in run.iterdir()) == [".lock", *written.split()]
+    expected = read(compose([*TINY, "train.steps=8", "run.dir=done"]))
+    assert read(yaml.safe_load((run / "config.yaml").read_text())) == expected
+    assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["layout"]["ranks"] == 1
+    assert environment["packages"]["torch"] == torch.__version__
+    with tarfile.open(run / "code.tar.gz") as archive:
+        assert {"train/loop.py", "conf/train.yaml", "models/model.py"} <= set(archive.getnames())
+
+
+def test_metrics_have_each_step_once_and_whole(place: Path) -> None:
+    records = runs.records(place / "done")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [record["tokens"] for record in records] == [64 * step for step in range(1, 9)]
+    needed = {"lr", "grad_norm", "tokens_per_second", "extra", "batch", "load", "peak_memory"}
+    times = {"seconds_data", "seconds_compute", "seconds_optimizer"}
+    assert all(needed | times <= record.keys() for record in records)
+    assert [record["lr"] for record in records][:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
+    assert len({record["batch"] for record in records}) == 8
+    assert [record["step"] for record in runs.records(place / "done", "val_bpb")] == [6, 8]
+    assert [record["step"] for record in runs.records(place / "done", "seconds_save")] == [4, 8]
+
+
+def test_a_finished_run_started_again_does_nothing_more(place: Path) -> None:
+    before, state = runs.course(place / "done"), runs.state(place / "done", 8)
+    runs.train(place, [*TINY, "train.steps=8", "run.dir=done"])
+    assert runs.course(place / "done") == before
+    runs.assert_same_state(runs.state(place / "done", 8), state)
+
+
+def test_a_run_can_be_made_longer_and_moved(place: Path, tmp_path: Path) -> None:
+    """The constant part of the schedule reaches further; the directory and the corpus lie elsewhere now."""
+    arguments = [*TINY, "schedule.decay_fraction=0"]
+    runs.train(place, [*arguments, "train.steps=12", "run.dir=long"])
+    runs.train(place, [*arguments, "train.steps=6", "run.dir=short"])
+    (place / "short").rename(tmp_path / "moved")
+    (tmp_path / "text").symlink_to(place / "corpus")
+    runs.train(tmp_path, [*arguments, "train.steps=12", "run.dir=moved", "data.train.path=text"])
+    runs.assert_same_state(runs.state(tmp_path / "moved", 12), runs.state(place / "long", 12))
+    assert runs.course(tmp_path / "moved") == runs.course(place / "long")
+
+
+@pytest.mark.parametrize("name", ["done", "done/checkpoints/step_00000008"], ids=["of a run", "of a checkpoint"])
+def test_weights_alone_are_the_start(place: Path, tmp_path: Path, name: str) -> None:
+    """Of an update of size zero nothing is left but the weights; the optimizer, another one, starts anew."""
+    arguments = [*TINY, f"train.init={place / name}", "optimizer=muon", "optimizer.learning_rate=0", "train.steps=1"]
+    arguments += [f"data.train.path={place / 'corpus'}", "run.dir=branch", "moe.bias_rate=0"]
+    printed = runs.train(tmp_path, arguments)
+    assert "started from the weights of" in printed
+    assert "steps 0 to 1\n" in printed
+    before, after = runs.state(place / "done", 8), runs.state(tmp_path / "branch", 1)
+    weights = [name for name in before if name.startswith("model.")]
+    assert weights == [name for name in after if name.startswith("model.")]
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert {after[name].item() for name in after if name.endswith(".step")} == {1.0}
+    # once it has a checkpoint of its own it goes on from that, wherever the other is
+    arguments = [argument for argument in arguments if not argument.startswith(("train.init", "train.steps"))]
+    assert "resumed from step 1" in runs.train(tmp_path, [*arguments, "train.init=nowhere", "train.steps=2"])
+
+
+def test_old_checkpoints_go(place: Path) -> None:
+    arguments = [*TINY, "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_every=6", "run.dir=pruned"]
+    runs.train(place, [*arguments, "train.steps=10"])
+    assert runs.saved(place / "pruned") == ["step_00000006", "step_00000010"]
+
+
+def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--show", *TINY]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert read(printed) == read(compose(TINY))
+    assert printed["data"]["validation"]["path"] == "corpus"
+
+
+def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "usage: python -m train" in printed
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("  ")}
+    assert lines == {group: choices(group) for group in groups()}
+
+
+# wandb is never a reason to fail.
+
+
+def metrics(folder: Path, mode: str) -> Metrics:
+    return Metrics(folder, read(compose([*TINY, f"run.wandb={mode}", "run.dir=x"])), first_step=0)
+
+
+def test_wandb_without_a_key_writes_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = metrics(tmp_path, "online")
+    written.write({"step": 1, "loss": 2.0, "load": [1.0], "seconds_save": float("nan")})
+    written.close()
+    assert "no key" in caplog.text
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+class Failing:
+    """A wandb that breaks in mid-run."""
+
+    def log(self, *_: Any) -> None:
+        raise ConnectionError("no route")
+
+    def finish(self, **_: Any) -> None:
+        raise AssertionError("it is left alone once it failed")
+
+
+def test_wandb_that_breaks_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written = metrics(tmp_path, "off")
+    written.wandb = Failing()
+    for step in (1, 2):
+        written.write({"step": step, "loss": 2.0})
+    written.close()
+    assert caplog.text.count("wandb is not used any more: no route") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_machine_without_wandb_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    written = metrics(tmp_path, "offline")
+    written.write({"step": 1, "loss": 2.0})
+    written.close()
+    assert "wandb is not used" in caplog.text
+
+
+def test_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_path: Path) -> None:
+    kept = '{"step": 1, "loss": 1}\n{"step": 2, "val_loss": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(kept + '{"step": 3}\n3\n{}\n{"step": 2\n{"step": 2}')
+    written = Metrics(tmp_path, read(compose([*TINY, "run.dir=x"])), first_step=2)
+    written.write({"step": 3, "loss": float("inf")})
+    written.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 1},
+        {"step": 2, "val_loss": 1},
+        {"step": 3, "loss": "inf"},
+    ]
