@@ -70,7 +70,11 @@ class Manifest:
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise Refused(f"{path} cannot be read ({error}); prepare the corpus again.") from None
-        return build(Manifest, values, str(path))
+        try:
+            return build(Manifest, values, "manifest")
+        except Refused as refusal:
+            sentence = str(refusal).rstrip(".")
+            raise Refused(f"{path} is no manifest of this version ({sentence}); prepare the corpus again.") from None
 
 
 def sha256(*paths: Path) -> str:

@@ -14,7 +14,7 @@ from data.batch import Batch
 from train import config as run_config
 from train.engines.torch import Engine
 from train.meter import Clock, peak_flops, peak_memory, training_flops_per_token
-from train.ranks import join, leave
+from train.ranks import Ranks, join, leave
 
 
 def main(arguments: list[str]) -> int:
@@ -26,15 +26,17 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = run_config.read(compose(options.overrides))
     try:
-        print(measure(config, options.steps, options.documents))
+        ranks = join(config.run)
+        line = measure(config, ranks, options.steps, options.documents)
+        if ranks.first:
+            print(line)
     finally:
         leave()
     return 0
 
 
-def measure(config: run_config.Config, num_steps: int, documents: int) -> str:
+def measure(config: run_config.Config, ranks: Ranks, num_steps: int, documents: int) -> str:
     """Run the steps; returns the line."""
-    ranks = join(config.run)
     torch.manual_seed(ranks.rank)
     engine = Engine(config, ranks)
     length, rows = config.train.sequence_length, config.train.batch_tokens // config.train.sequence_length
@@ -47,7 +49,7 @@ def measure(config: run_config.Config, num_steps: int, documents: int) -> str:
         loss = float(engine.step(batch, 3e-4, clock).loss)
         _synchronize(ranks.device)
         seconds.append(time.perf_counter() - began)
-        if step in (0, num_steps - 1):
+        if ranks.first and step in (0, num_steps - 1):
             print(f"step {step}  loss {loss:.4f}  {seconds[-1]:.3f} s", flush=True)
         if step >= num_steps // 3:
             for name, value in clock.seconds().items():
@@ -59,7 +61,8 @@ def measure(config: run_config.Config, num_steps: int, documents: int) -> str:
     usage = f", {rate * per_token / ranks.world_size / peak:.1%} of peak" if peak else ""
     spent = ", ".join(f"{name} {1000 * statistics.median(values):.1f} ms" for name, values in parts.items())
     return (
-        f"sequence {length}, {rows} rows of {documents} document(s): {rate:,.0f} tokens/s, "
+        f"sequence {length}, {rows} rows of {documents} document(s) over {ranks.world_size} rank(s): "
+        f"{rate:,.0f} tokens/s, "
         f"{rate * per_token / 1e12:.1f} model TFLOP/s{usage}, {peak_memory(ranks.device) / 2**30:.1f} GiB; {spent}"
     )
 

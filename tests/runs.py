@@ -27,7 +27,13 @@ from tests.ranks import CONTEXT
 from train.checkpoint.storage import read_table, read_tensors
 
 CONTEXT.set_forkserver_preload(
-    ["torch.distributed.tensor", "torch.distributed.fsdp", "train.run", "conf.compose", "megatron.core.datasets"]
+    [
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+        "train.run",
+        "conf.compose",
+        "megatron.core.datasets.indexed_dataset",
+    ]
 )
 
 TINY = (

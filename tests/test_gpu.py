@@ -156,7 +156,8 @@ def test_a_run_on_the_gpu_resumes_bitwise(tmp_path: Path) -> None:
     losses = []
     for name, stop_at in (("whole", None), ("stopped", 12)):
         settings = [
-            "experiment=smoke", f"run.dir={tmp_path / name}", f"data.train.path={corpus}", "run.device=cuda",
+            "experiment=smoke", "train.steps=40",
+            f"run.dir={tmp_path / name}", f"data.train.path={corpus}", "run.device=cuda",
             "run.deterministic=true", "train.compute=bf16", "train.core=fused", "train.compile=true",
         ]  # fmt: skip
         if stop_at is not None:

@@ -80,7 +80,9 @@ class TrainSection:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip ({self.clip}) must be above 0; null is for no clipping")
         if self.compile and self.compute == "fp32":
-            raise ValueError("compile needs compute: bf16, because PyTorch compiles the experts' grouped GEMM in no other")
+            raise ValueError(
+                "compile needs compute: bf16, because PyTorch compiles the experts' grouped GEMM in no other"
+            )
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must start at increasing steps, not at {starts}")
