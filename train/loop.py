@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,11 +96,16 @@ class Pending:
     rate: float
     result: Step
     clock: meter.Clock
-    began: float = field(default_factory=time.perf_counter)
+    numbers: meter.OnHost = field(init=False)
+
+    def __post_init__(self) -> None:
+        loss, extra, norm, loads = self.result
+        self.numbers = meter.OnHost((loss, extra, norm) if loads is None else (loss, extra, norm, loads))
 
     def finish(self, run: Run) -> None:
         """Read the numbers and write them down. Raises Diverged where they are not finite."""
-        loss, extra, norm = (float(value) for value in (self.result.loss, self.result.extra, self.result.grad_norm))
+        numbers = self.numbers.read()
+        loss, extra, norm = map(float, numbers[:3])
         tokens = self.stretch.rows * self.stretch.sequence_length
         seconds = self.clock.seconds()
         record: dict[str, Any] = {
@@ -123,9 +127,9 @@ class Pending:
                 run.flops_per_token[length] = meter.training_flops_per_token(run.engine.model, length)
             rate = record["tokens_per_second"] / run.ranks.world_size
             record["mfu"] = rate * run.flops_per_token[length] / peak
-        if self.result.loads is not None:
-            loads = self.result.loads.double()
-            record["load"] = (loads.amax(1) / loads.mean(1)).tolist()
+        for by_layer in numbers[3:]:
+            copies = by_layer.double()
+            record["load"] = (copies.amax(1) / copies.mean(1)).tolist()
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)

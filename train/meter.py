@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from models import cost
 from models.model import Model
@@ -44,6 +46,22 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class OnHost:
+    """Tensors on their way to the host; reading them waits for these alone, not for what the device was given since."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.copies = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
+        self.arrived: torch.cuda.Event | None = None
+        if any(tensor.is_cuda for tensor in tensors):
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[Tensor]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.copies
 
 
 def training_flops_per_token(model: Model, sequence_length: int) -> float:

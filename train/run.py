@@ -17,11 +17,11 @@ from data.loader import Loader
 from data.source import Source
 from models import cost
 from train import optimizer, rundir
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, SaveFailed
 from train.config import Config
 from train.engines.torch import Engine
 from train.failure import tell
-from train.loop import Run, train
+from train.loop import Diverged, Run, train
 from train.metrics import Metrics
 from train.phases import stretches
 from train.ranks import Ranks
@@ -49,7 +49,11 @@ def run(config: Config, ranks: Ranks) -> int:
         rundir.start_log(directory, ranks)
         try:
             prepared = _prepare(config, ranks, sources, held)
-            asked = train(prepared)
+            try:
+                asked = train(prepared)
+            except Diverged:  # on every rank alike; the checkpoint still being written is of a step before it
+                _finish_saving(prepared.checkpoints)
+                raise
             prepared.checkpoints.close()
             code, reason = (DONE, "done") if asked is None else (INTERRUPTED, f"asked to stop by {asked}")
         except Refused:
@@ -59,6 +63,14 @@ def run(config: Config, ranks: Ranks) -> int:
         if ranks.first:
             rundir.write_exit(directory, code, reason)
         return code
+
+
+def _finish_saving(checkpoints: Checkpoints) -> None:
+    """Without hiding why the run ends."""
+    try:
+        checkpoints.wait()
+    except SaveFailed as failure:
+        tell(failure)
 
 
 def _open(config: Config, ranks: Ranks) -> Sources:

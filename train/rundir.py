@@ -72,11 +72,15 @@ def _lock(directory: Path) -> Iterator[None]:
         try:
             # released by the system when the process ends, however it ends
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.seek(0)
             raise Refused(
                 f"run.dir {directory} is in use by {handle.read().strip() or 'another process'}; "
                 "wait for it to end, or choose another directory."
+            ) from None
+        except OSError as error:  # Lustre without its flock option, say
+            raise Refused(
+                f"run.dir {directory} cannot be locked ({error.strerror}); choose one on a file system with locks."
             ) from None
         yield
 

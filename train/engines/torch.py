@@ -74,9 +74,10 @@ class Engine:
     def step(self, batch: Batch, learning_rate: float, clock: Clock) -> Step:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
         device, world_size = self.ranks.device, self.ranks.world_size
-        rows = batch.ids.shape[0]
-        counts = total_over_ranks(torch.tensor([batch.count(), rows], dtype=self.wide, device=device))
-        known = {"tokens": counts[0].clamp_min(1), "sequences": counts[1]}
+        # filled on the device: copying them from the host would wait for the step before
+        mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0])
+        counts = total_over_ranks(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]))
+        scored, known = counts[0].clamp_min(1), {"tokens": counts[1], "sequences": counts[2]}
         sums = torch.zeros(2, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
         micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
@@ -84,7 +85,7 @@ class Engine:
             set_gradient_sync(self.model, i == len(micro_batches) - 1)
             losses = self.model(micro.ids, self._sequence(micro, known), micro.targets[0])
             assert isinstance(losses, Losses)
-            (losses.cross_entropy / known["tokens"] + losses.extra).backward()
+            (losses.cross_entropy / scored + losses.extra).backward()
             sums += torch.stack((losses.cross_entropy.detach(), losses.extra.detach()))
             for layer, report in enumerate(losses.reports):
                 if "load" in report:
@@ -100,7 +101,7 @@ class Engine:
             total_over_ranks(sums)
         stacked = self._update_router_biases(loads)
         clock.mark("optimizer")
-        return Step(sums[0] / known["tokens"], sums[1], norm, stacked)
+        return Step(sums[0] / scored, sums[1], norm, stacked)
 
     def _update_router_biases(self, loads: dict[int, Tensor]) -> Tensor | None:
         by_layer: list[Tensor | None] = [None] * len(self.model.blocks)
