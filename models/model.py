@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,14 +93,14 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, write: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
-        """Fill every parameter by its role, from one generator in the order of their names, and zero the buffers.
+        """Fill every parameter by its role, from a generator of its own, and zero the buffers.
 
-        Drawn whole, in float32 on the CPU, so that a model is the same on every device and in every layout; `write`
-        copies the drawn values into the parameter, or into this rank's part of it.
+        Drawn whole, in float32 on the CPU, so that a model, or a stage of it, is the same on every device and in every
+        layout; `write` copies the drawn values into the parameter, or into this rank's part of it.
         """
-        generator = torch.Generator().manual_seed(seed)
         rules = self.parametrization()
-        for _, parameter, spec in named_specs(self):
+        for name, parameter, spec in named_specs(self):
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             rules.initialise(drawn, spec, generator)
             write(parameter, drawn)
@@ -135,6 +136,11 @@ class Model(nn.Module):
         for feedforward, load in zip(self.feedforwards(), loads, strict=True):
             if load is not None:
                 feedforward.update_bias(load)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """Of one parameter: a function of the run's seed and its name alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
 
 
 def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Block:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.model import Model
+from models.parameter import named_specs
 
 
 def apply(
@@ -34,17 +35,36 @@ def apply(
 def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
     """FSDP2 (arXiv 2304.11277), or HSDP where the mesh replicates: each block a unit, embedding, norm and head one.
 
-    Parameters are gathered in their storage dtype and each module casts its own, so none declared fp32 is ever lowered.
-    Gradients are summed: the loss is already divided by global counts.
+    Parameters are gathered in the compute dtype. Those declared fp32 are small, and a unit has one dtype: they stay
+    whole on every rank, and `sum_gradients` does for them what FSDP does for the others. Gradients are summed, in the
+    storage dtype: the loss is already divided by global counts.
     """
+    whole = {parameter for _, parameter, spec in named_specs(model) if spec.fp32}
+    stored = next(model.parameters()).dtype
+    gathered = None if model.compute_dtype == stored else model.compute_dtype
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=stored, cast_forward_inputs=False)
     dp_mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
     for block in model.blocks:
-        fully_shard(block, mesh=dp_mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=dp_mesh, reshard_after_forward=False)
+        fully_shard(
+            block, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=reshard_after_forward
+        )
+    fully_shard(model, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def sum_gradients(model: Model, mesh: DeviceMesh) -> None:
+    """Sum over the ranks what the last backward left unsummed: gradients of parameters that every rank holds whole."""
+    if mesh.size() == 1:
+        return
+    gradients = [parameter.grad for _, parameter, spec in named_specs(model) if spec.fp32]
+    present = [gradient for gradient in gradients if gradient is not None]
+    if present:
+        flat = total(torch.cat([gradient.flatten() for gradient in present]), mesh)
+        for gradient, summed in zip(present, flat.split([g.numel() for g in present]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def write(parameter: nn.Parameter, values: Tensor) -> None:
@@ -63,7 +83,9 @@ def set_gradient_sync(model: Model, sync: bool) -> None:
         model.set_requires_gradient_sync(sync)
 
 
-def total_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a plain tensor over all ranks, in place."""
-    torch.distributed.all_reduce(values)
+def total(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Sum of a plain tensor over all ranks of the mesh, in place."""
+    for axis in range(mesh.ndim):
+        if mesh.size(axis) > 1:
+            torch.distributed.all_reduce(values, group=mesh.get_group(axis))
     return values

@@ -174,3 +174,54 @@ def test_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_path: Path
         {"step": 2, "val_loss": 1},
         {"step": 3, "loss": "inf"},
     ]
+
+
+PHASE = "train.phases=[{start: 8, sequence_length: 16, learning_rate: 1e-3}]"
+
+
+def test_a_phase_that_lies_ahead_can_be_added(place: Path) -> None:
+    """A finished run of eight steps goes on with longer windows, as if that had been planned from the start."""
+    flat = [*TINY, "schedule.decay_fraction=0"]
+    runs.train(place, [*flat, "train.steps=8", "run.dir=extended"])
+    runs.train(place, [*flat, "train.steps=12", PHASE, "run.dir=extended"])
+    runs.train(place, [*flat, "train.steps=12", PHASE, "run.dir=planned"])
+    runs.assert_same_state(runs.state(place / "extended", 12), runs.state(place / "planned", 12))
+    losses = [
+        [(r["step"], r["loss"], r["batch"]) for r in runs.records(place / name)] for name in ("extended", "planned")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        pytest.param(["train.steps=3"], "is at step 8 already", id="fewer steps than made"),
+        pytest.param(["train.phases=[{start: 5, batch_tokens: 128}]"], "train.phases", id="a phase that has passed"),
+    ],
+)
+def test_what_is_done_cannot_be_changed(place: Path, change: list[str], sentence: str) -> None:
+    before = runs.tree(place / "done")
+    job = runs.start(place, [*TINY, "train.steps=8", *change, "run.dir=done"])
+    assert job.end() == 2
+    assert sentence in job.printed()
+    assert runs.tree(place / "done") == before
+
+
+def test_a_validation_that_a_stop_put_off_is_made_up_for(place: Path) -> None:
+    (place / "put_off").mkdir()
+    arguments = [*TINY, "train.steps=8", "evaluate.every=1", "run.dir=put_off"]
+    (place / "put_off" / "stop").touch()
+    assert runs.start(place, arguments).end() == 75
+    assert runs.records(place / "put_off", "val_loss") == []
+    runs.train(place, arguments)
+    assert [record["step"] for record in runs.records(place / "put_off", "val_loss")] == list(range(1, 9))
+
+
+def test_a_refusal_under_torchrun_leaves_its_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun returns 1 for it, and the file would tell of the start before."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.chdir(place)
+    runs.train(place, [*TINY, "train.steps=8", "run.dir=elastic"])
+    assert json.loads((place / "elastic" / "exit.json").read_text())["code"] == 0
+    assert main([*TINY, "train.steps=8", "train.seed=9", "run.dir=elastic"]) == 2
+    assert json.loads((place / "elastic" / "exit.json").read_text())["code"] == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.loader import Loader
@@ -26,8 +26,16 @@ class Diverged(Exception):
 
 
 @dataclass
+class Progress:
+    """How far a run is. step: updates made. owes_validation: it was stopped before the validation due at that step."""
+
+    step: int = 0
+    owes_validation: bool = False
+
+
+@dataclass
 class Run:
-    """Everything a run holds while it trains. step: updates made."""
+    """Everything a run holds while it trains."""
 
     config: Config
     ranks: Ranks
@@ -38,12 +46,16 @@ class Run:
     stop: StopRequest
     metrics: Metrics | None
     learning_rate: float
-    step: int = 0
+    progress: Progress = field(default_factory=Progress)
     flops_per_token: dict[int, float] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """All that resuming needs; where the data stands follows from the step."""
-        return {**self.engine.state(), "progress": {"step": self.step}}
+        return {**self.engine.state(), "progress": asdict(self.progress)}
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
 
 
 def train(run: Run) -> str | None:
@@ -51,6 +63,9 @@ def train(run: Run) -> str | None:
     config, total = run.config, run.config.train.steps
     pending: Pending | None = None
     for stretch in stretches(config.train, run.learning_rate):
+        if run.progress.owes_validation and run.step <= stretch.stop:
+            validate(run, stretch)
+            run.progress.owes_validation = False
         if run.step >= stretch.stop:
             continue
         with _loader(run, stretch).stream(stretch.consumed(run.step), stretch.rows) as batches:
@@ -60,7 +75,7 @@ def train(run: Run) -> str | None:
                 clock.mark("data")
                 rate = stretch.learning_rate * config.schedule.rate(run.step, total)
                 result = run.engine.step(batch, rate, clock)
-                run.step += 1
+                run.progress.step += 1
 
                 # the step before is read now that this one is under way, so that the device never waits for the host
                 if pending is not None:
@@ -74,8 +89,10 @@ def train(run: Run) -> str | None:
                 if saving or validating:
                     pending.finish(run)
                     pending = None
-                if validating and (not stopping or run.step == total):
-                    validate(run, stretch)  # before the save: once a step is saved, its lines are written
+                # before the save: once a step is saved, its lines are written. Who asks to stop may not wait for long
+                run.progress.owes_validation = bool(validating and stopping and run.step < total)
+                if validating and not run.progress.owes_validation:
+                    validate(run, stretch)
                 if saving:
                     save(run, clock, wait=stopping or run.step == total)
                 if stopping:

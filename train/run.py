@@ -6,6 +6,7 @@ All that may be refused comes before anything is written.
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from train.checkpoint import Checkpoints, SaveFailed
 from train.config import Config
 from train.engines.torch import Engine
 from train.failure import tell
-from train.loop import Diverged, Run, train
+from train.loop import Diverged, Progress, Run, train
 from train.metrics import Metrics
 from train.phases import stretches
 from train.ranks import Ranks
@@ -29,7 +30,7 @@ from train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-DONE, FAILED, INTERRUPTED = 0, 1, 75
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
 class Sources(NamedTuple):
@@ -45,9 +46,9 @@ def run(config: Config, ranks: Ranks) -> int:
     with ExitStack() as held:
         sources = ranks.together(lambda: _open(config, ranks))
         ranks.on_first(lambda: held.enter_context(rundir.locked(directory)))
-        ranks.on_first(lambda: rundir.refuse_changes(directory, config))
-        rundir.start_log(directory, ranks)
         try:
+            ranks.on_first(lambda: rundir.refuse_changes(directory, config))
+            rundir.start_log(directory, ranks)
             prepared = _prepare(config, ranks, sources, held)
             try:
                 asked = train(prepared)
@@ -56,7 +57,10 @@ def run(config: Config, ranks: Ranks) -> int:
                 raise
             prepared.checkpoints.close()
             code, reason = (DONE, "done") if asked is None else (INTERRUPTED, f"asked to stop by {asked}")
-        except Refused:
+        except Refused as refusal:
+            # an exit code of 2 does not survive torchrun, and the file there tells of an earlier start
+            if ranks.first and "TORCHELASTIC_RUN_ID" in os.environ and (directory / "config.yaml").exists():
+                rundir.write_exit(directory, REFUSED, str(refusal))
             raise
         except Exception as error:
             code, reason = FAILED, tell(error)
@@ -115,13 +119,13 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         keep_every=config.checkpoint.keep_every,
         facts={**environment["layout"], "data": sources.train.fingerprint},
     )
-    step = _start_weights(config, engine, checkpoints, sources.train)
+    progress = _start_weights(config, engine, checkpoints, sources.train)
     metrics = None
     if ranks.first:
         rundir.settle(directory, config, environment)
-        metrics = Metrics(directory, config, step)
+        metrics = Metrics(directory, config, progress.step)
         held.callback(metrics.close)
-        _introduce(config, engine, ranks, step)
+        _introduce(config, engine, ranks, progress.step)
     return Run(
         config=config,
         ranks=ranks,
@@ -132,14 +136,14 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         stop=stop,
         metrics=metrics,
         learning_rate=optimizer.read(config.optimizer).learning_rate,
-        step=step,
+        progress=progress,
     )
 
 
-def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, source: Source) -> int:
-    """The newest good checkpoint of this run, or the weights that train.init names, or none. Returns the step."""
+def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, source: Source) -> Progress:
+    """The newest good checkpoint of this run, or the weights that train.init names, or none."""
     if checkpoints.latest() is not None:
-        checkpoint = checkpoints.load({**engine.state(), "progress": {"step": 0}})
+        checkpoint = checkpoints.load({**engine.state(), "progress": {"step": 0, "owes_validation": False}})
         if checkpoint.facts.get("data") != source.fingerprint:
             raise Refused(
                 f"{checkpoint.path} was trained on other data than data.train now names; "
@@ -147,12 +151,12 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, sou
             )
         engine.load(checkpoint.state)
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
-        return int(checkpoint.state["progress"]["step"])
+        return Progress(**checkpoint.state["progress"])
     if config.train.init is not None:
         weights = checkpoints.load({"model": engine.state()["model"]}, Path(config.train.init))
         engine.load_weights(weights.state["model"])
         log.info("started from the weights of %s", weights.path)
-    return 0
+    return Progress()
 
 
 def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:

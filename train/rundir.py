@@ -88,18 +88,35 @@ def _lock(directory: Path) -> Iterator[None]:
 def refuse_changes(directory: Path, config: Config) -> None:
     """Compare with the run that is here already, if one is; rank 0 only.
 
-    Raises Refused naming the first setting that differs, if the resumed run would compute something else.
+    Raises Refused naming the first setting that differs, if the resumed run would compute something else than it did so
+    far: phases that lie ahead may change, and be added.
     """
     file = directory / "config.yaml"
     if not file.exists():
         return
-    old, new = dict(_flat(_read_yaml(file))), dict(_flat(asdict(config)))
+    reached = _reached(directory)
+    if config.train.steps < reached:
+        raise Refused(f"{directory} is at step {reached} already; train.steps ({config.train.steps}) cannot be less.")
+    old, new = (dict(_flat(_so_far(values, reached))) for values in (_read_yaml(file), asdict(config)))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
             raise Refused(
                 f"{directory} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}; "
                 "take the old value back, or choose another run.dir (train.init= starts from this run's weights)."
             )
+
+
+def _reached(directory: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    names = [path.name.removeprefix("step_") for path in (directory / "checkpoints").glob("step_*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _so_far(values: dict[str, Any], step: int) -> dict[str, Any]:
+    """A configuration without the phases that begin at `step` or later."""
+    train = dict(values.get("train") or {})
+    train["phases"] = [phase for phase in train.get("phases") or [] if phase["start"] < step]
+    return {**values, "train": train}
 
 
 def settle(directory: Path, config: Config, environment: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from data.batch import Batch
 from models.linear import full_precision
 from models.model import Losses, Model, Scores
 from models.sequence import Whole
-from parallel.apply import apply, set_gradient_sync, total_over_ranks
+from parallel.apply import apply, set_gradient_sync, sum_gradients, total
 from train import optimizer
 from train.config import Config
 from train.meter import Clock
@@ -73,10 +73,10 @@ class Engine:
 
     def step(self, batch: Batch, learning_rate: float, clock: Clock) -> Step:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
-        device, world_size = self.ranks.device, self.ranks.world_size
+        device = self.ranks.device
         # filled on the device: copying them from the host would wait for the step before
         mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0])
-        counts = total_over_ranks(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]))
+        counts = total(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]), self.mesh)
         scored, known = counts[0].clamp_min(1), {"tokens": counts[1], "sequences": counts[2]}
         sums = torch.zeros(2, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
@@ -90,6 +90,7 @@ class Engine:
             for layer, report in enumerate(losses.reports):
                 if "load" in report:
                     loads[layer] = loads[layer] + report["load"] if layer in loads else report["load"]
+        sum_gradients(self.model, self.mesh)
         clock.mark("compute")
         parameters = list(self.model.parameters())
         clip = self.config.train.clip
@@ -97,8 +98,7 @@ class Engine:
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if world_size > 1:
-            total_over_ranks(sums)
+        total(sums, self.mesh)
         stacked = self._update_router_biases(loads)
         clock.mark("optimizer")
         return Step(sums[0] / scored, sums[1], norm, stacked)
@@ -106,7 +106,7 @@ class Engine:
     def _update_router_biases(self, loads: dict[int, Tensor]) -> Tensor | None:
         by_layer: list[Tensor | None] = [None] * len(self.model.blocks)
         for layer, load in loads.items():
-            by_layer[layer] = total_over_ranks(load)
+            by_layer[layer] = total(load, self.mesh)
         self.model.update_router_biases(by_layer)
         same_experts = len({load.shape for load in loads.values()}) == 1
         return torch.stack(list(loads.values())) if same_experts else None
@@ -123,7 +123,7 @@ class Engine:
                 sums += torch.stack(
                     (scores.cross_entropy.double().sum(), (scores.hit & scored).sum().double(), scored.sum().double())
                 )
-        loss, hits, tokens = total_over_ranks(sums).tolist()
+        loss, hits, tokens = total(sums, self.mesh).tolist()
         return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens))
 
     def _sequence(self, batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
@@ -138,7 +138,7 @@ class Engine:
         parts = [part for part in map(local, tensors) if part.numel()]
         largest = torch.stack([norm.double() for norm in torch._foreach_norm(parts, float("inf"))])
         bad = (~largest.isfinite()).sum().to(torch.float32)
-        return total_over_ranks(bad).item() == 0
+        return total(bad, self.mesh).item() == 0
 
     def state(self) -> dict[str, Any]:
         """Model and optimizer by parameter name, each rank its part."""
