@@ -24,7 +24,7 @@ def argv(command: str) -> list[str]:
     """With this interpreter, and an address that needs no name service."""
     program, *arguments = shlex.split(command)
     if program == "torchrun":
-        return [*TORCHRUN, *(argument for argument in arguments if argument not in TORCHRUN)]
+        return [*TORCHRUN, *(argument for argument in arguments if argument != "--standalone")]
     assert program == "python", f"the README shows {command!r}, which this test does not know how to run"
     return [sys.executable, *arguments]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +79,13 @@ class TensorWriter:
         plans, self._metadata = self._planner.create_global_plan(plans)
         return plans
 
-    def write(self, folder: Path) -> Written:
-        """Write this rank's share into one file."""
+    def write(self, folder: Path, pace: Callable[[float], object]) -> Written:
+        """Write this rank's share into one file, at the pace of HashedFile."""
         written = Written({}, [])
         if not self._plan.items:
             return written
         name = f"rank_{self._rank}.bin"
-        with HashedFile(folder / name) as file:
+        with HashedFile(folder / name, pace) as file:
             for item in self._plan.items:
                 tensor = self._planner.resolve_data(item)
                 assert isinstance(tensor, Tensor)

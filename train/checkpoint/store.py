@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 PLAIN_FILE = "plain.pt"
 
+REST = 6
+"""Seconds of rest after each second of writing in the background; `python -m tests.measure_save` shows the effect."""
+
 
 class SaveFailed(RuntimeError):
     """A checkpoint was not written; one sentence says which, why and on which rank. The one before it stays."""
@@ -66,7 +69,10 @@ class Checkpoints:
         self.facts = dict(facts or {})
         self._peers = Peers()
         self._staging = Staging()
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_compute)
+        # planning is Python: at a low priority it would keep the lock from training, so only bytes are written slowly
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._bytes = ThreadPoolExecutor(1, "checkpoint-bytes", initializer=_yield_to_compute)
+        self._hurry = threading.Event()
         self._writing: tuple[int, Future[None]] | None = None
         for name in self._peers.first(lambda: folders.clean(folder)):
             self._log(logging.INFO, "removed %s, which an interrupted run left unfinished", name)
@@ -89,6 +95,7 @@ class Checkpoints:
         packed = io.BytesIO()
         torch.save(plain, packed)
         self._log(logging.INFO, "checkpoint of step %d: writing", step)
+        self._hurry.clear()
         self._writing = step, self._thread.submit(self._write, step, staged, packed.getbuffer())
         if wait:
             self.wait()
@@ -103,6 +110,7 @@ class Checkpoints:
         if self._writing is not None:
             _, future = self._writing
             self._writing = None
+            self._hurry.set()
             future.result()
 
     def close(self) -> None:
@@ -111,6 +119,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._bytes.shutdown()
 
     def latest(self) -> Path | None:
         """The newest checkpoint, not verified; None if there is none."""
@@ -163,7 +172,7 @@ class Checkpoints:
         try:
             self._peers.first(lambda: partial.mkdir(parents=True))
             writer = TensorWriter(self._peers, tensors)
-            size = self._peers.meet(lambda: writer.write(partial), finish)
+            size = self._peers.meet(lambda: self._bytes.submit(writer.write, partial, self._rest).result(), finish)
         except Exception as error:
             if self._peers.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # what stays all the same, the next start removes
@@ -224,6 +233,10 @@ class Checkpoints:
                 " or another checkpoint."
             )
 
+    def _rest(self, seconds: float) -> None:
+        """After so much work, leave the machine to training for `REST` times as long, unless somebody waits."""
+        self._hurry.wait(REST * seconds)
+
     def _set_aside(self, bad: Mapping[Path, str]) -> None:
         for path, reason in bad.items():
             renamed = self._peers.first(lambda path=path: folders.set_aside(path))  # type: ignore[misc]
@@ -237,7 +250,7 @@ class Checkpoints:
 def _yield_to_compute() -> None:
     """Let the writing thread have what training leaves of the processor: on Linux a thread has its own priority."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _difference(name: str, entry: Entry | None, tensor: Tensor) -> str | None:
