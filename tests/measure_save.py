@@ -59,8 +59,8 @@ def main(gigabytes: float) -> None:
     median = statistics.median(quiet)
     slow, usual, noise = max(touched) / median, statistics.median(touched) / median, max(quiet) / median
     print(
-        f"median {median:.3f} s; of {len(touched)} steps with a save the slowest {slow:.2f} x, the median {usual:.2f} x; "
-        f"of {len(quiet)} steps without the slowest {noise:.2f} x"
+        f"median {median:.3f} s; of {len(touched)} steps with a save the slowest {slow:.2f} x, "
+        f"the median {usual:.2f} x; of {len(quiet)} steps without the slowest {noise:.2f} x"
     )
 
 
