@@ -1,7 +1,7 @@
 """Engines: `engine: x` means `train/engines/x.py`. All have one protocol: build, step, evaluate, save, load.
 
-Engine(config, ranks)                     builds the parallel model and its optimizer
-step(batch, learning_rate) -> Step        one optimizer step
-evaluate(batches) -> Evaluation           no gradients
-state() -> dict, load(state)              everything that resuming needs besides the step number
+Engine(config, ranks)                      builds the parallel model and its optimizer
+step(batch, learning_rate, clock) -> Step  one optimizer step; the clock is told where the time went
+evaluate(batches) -> Evaluation            no gradients
+state() -> dict, load(state)               everything that resuming needs besides the step number
 """
