@@ -23,10 +23,9 @@ from models.stream import Report, Stream
 
 
 class Losses(NamedTuple):
-    """cross_entropy: sum over the scored tokens in hand, nats. extra: auxiliary losses, each ÷ its global count
-    already.
+    """cross_entropy: sum over the scored tokens in hand, nats. extra: auxiliary losses, each ÷ its global count.
 
-    The objective is cross_entropy ÷ global tokens + extra. reports: by layer.
+    The objective is cross_entropy ÷ scored tokens of the global batch + extra. reports: by layer.
     """
 
     cross_entropy: Tensor
@@ -131,8 +130,7 @@ class Model(nn.Module):
         return Losses(loss.cross_entropy(flat, weight, flat_targets), stream.extra, reports)
 
     def update_router_biases(self, loads: list[Tensor | None]) -> None:
-        """One step of the selection bias of each layer that has one; loads: by layer, [E], summed over the global
-        batch."""
+        """One step of each layer's selection bias; loads: by layer, [E] over the global batch, None without experts."""
         for feedforward, load in zip(self.feedforwards(), loads, strict=True):
             if load is not None:
                 feedforward.update_bias(load)

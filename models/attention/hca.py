@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.contract import (
+    NOTHING,
     Attention,
     Entries,
     Flops,
@@ -98,7 +99,7 @@ class Compressor(Module):
         position = sequence.position.gather(1, start)
         entry = rotate_last(self.config.rope, entry, self.config.rope_dim, position - (self.rate - 1))
         # places without a block hold whatever was gathered; their document says that nothing is there
-        document = sequence.document.gather(1, start).masked_fill(last < 0, -1)
+        document = sequence.document.gather(1, start).masked_fill(last < 0, NOTHING)
         return Entries({"kv": entry}, position, document)
 
     def flops(self) -> float:
@@ -178,7 +179,7 @@ def _block_ends(sequence: Sequence, rate: int) -> Tensor:
     position = sequence.position
     num_rows, length = position.shape
     places = -(-length // rate)
-    ends = (position % rate == rate - 1) & (sequence.document >= 0)
+    ends = (position % rate == rate - 1) & (sequence.document != NOTHING)
     rank = ends.cumsum(1) - 1
     index = torch.where(ends, rank, places)
     last = torch.full((num_rows, places + 1), -1, dtype=torch.int64, device=position.device)
