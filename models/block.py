@@ -1,76 +1,135 @@
-"""One depth: a list of sublayers, each with its own norm, each wrapped by the residual scheme."""
+"""One depth: a list of sublayers, each with its own norms, each wrapped by its residual.
+
+What the stream carries lives as long as somebody reads it: the model tells every sublayer which names a later one still
+needs, and the others are dropped.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.contract import Attention, FeedForward, Sequence
-from models.norm import RMSNorm
-from models.stream import Report, Stream
+from models.contract import Attention, FeedForward, Report, Residual, Result, Sequence
+from models.parameter import Module
+from models.stream import Stream
 
 
-class AttentionSublayer(nn.Module):
-    """Norm, compress, collect (or take what an earlier layer collected), attend."""
+def state_of(layer: int) -> str:
+    """The name under which the stream carries what layer `layer` collected."""
+    return f"state {layer}"
 
-    def __init__(self, attention: Attention, width: int, eps: float, layer: int, writer: int) -> None:
+
+class Sublayer(nn.Module):
+    """residual read → norm → mechanism → norm of its output, if there is one → residual write."""
+
+    needs: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
+
+    def __init__(self, residual: Residual, norm: nn.Module | None, post_norm: nn.Module | None) -> None:
         super().__init__()
-        self.norm = RMSNorm(width, eps)
-        self.attention = attention
-        self.layer, self.writer = layer, writer
-        self.read_later = False
-        self.last_reader = writer != layer
+        self.residual, self.norm, self.post_norm = residual, norm, post_norm
+        self.live: frozenset[str] = frozenset()
 
-    def forward(self, u: Tensor, stream: Stream, sequence: Sequence) -> tuple[Tensor, Stream, Report]:
-        """u: [B, S, D], read off the residual. Returns y, the stream with what it carries changed, and a report."""
-        query, state = self.attention.compress(self.norm(u), sequence)
-        carried = dict(stream.carried)
-        if self.attention.writes:
-            pieces = sequence.collect(self.attention.slots(), state)
-            if self.read_later:
-                carried[self.layer] = pieces
-        else:
-            pieces = carried[self.writer]
-            if self.last_reader:
-                del carried[self.writer]
-        return self.attention.attend(query, pieces, sequence), replace(stream, carried=carried), {}
+    def keep(self, live: frozenset[str]) -> None:
+        """live: the carried names that a later sublayer reads."""
+        self.live = live
+
+    @abstractmethod
+    def apply_to(self, x: Tensor, carried: Mapping[str, Any], sequence: Sequence) -> Result:
+        """x: [B, S, D], normalised."""
+
+    def forward(self, stream: Stream, sequence: Sequence) -> tuple[Stream, Report]:
+        x, carry = self.residual.read(stream.residual)
+        result = self.apply_to(x if self.norm is None else self.norm(x), stream.carried, sequence)
+        y = result.y if self.post_norm is None else self.post_norm(result.y)
+        residual = self.residual.write(stream.residual, carry, y)
+        carried = {name: value for name, value in {**stream.carried, **result.provided}.items() if name in self.live}
+        extra = stream.extra if result.extra is None else stream.extra + result.extra
+        return Stream(residual, carried, extra), result.report
 
 
-class FeedForwardSublayer(nn.Module):
-    """Norm and feed-forward; adds the feed-forward's auxiliary loss to the stream."""
+class AttentionSublayer(Sublayer):
+    """Compress, collect (or take what an earlier layer collected), attend."""
 
-    def __init__(self, feedforward: FeedForward, width: int, eps: float) -> None:
-        super().__init__()
-        self.norm = RMSNorm(width, eps)
+    def __init__(
+        self,
+        attention: Attention,
+        layer: int,
+        writer: int,
+        residual: Residual,
+        norm: nn.Module,
+        post_norm: nn.Module | None,
+    ) -> None:
+        super().__init__(residual, norm, post_norm)
+        self.attention, self.layer, self.writer = attention, layer, writer
+        self.needs = () if attention.writes else (state_of(writer),)
+        self.provides = (state_of(layer),) if attention.writes else ()
+        self.shared = False
+
+    def keep(self, live: frozenset[str]) -> None:
+        super().keep(live)
+        self.shared = self.attention.writes and state_of(self.layer) in live
+
+    def apply_to(self, x: Tensor, carried: Mapping[str, Any], sequence: Sequence) -> Result:
+        query, state = self.attention.compress(x, sequence)
+        if not self.attention.writes:
+            (source,) = self.needs
+            return self.attention.attend(query, carried[source], sequence)
+        pieces = sequence.collect(self.attention.slots(), state)
+        result = self.attention.attend(query, pieces, sequence)
+        if not self.shared:  # a name that differs from layer to layer would make each layer a graph of its own
+            return result
+        (name,) = self.provides
+        return Result(result.y, result.extra, result.report, {**result.provided, name: pieces})
+
+
+class FeedForwardSublayer(Sublayer):
+    """What a token goes through by itself."""
+
+    def __init__(
+        self, feedforward: FeedForward, residual: Residual, norm: nn.Module, post_norm: nn.Module | None
+    ) -> None:
+        super().__init__(residual, None if feedforward.normalises else norm, post_norm)
         self.feedforward = feedforward
+        self.needs, self.provides = feedforward.needs, feedforward.provides
 
-    def forward(self, u: Tensor, stream: Stream, sequence: Sequence) -> tuple[Tensor, Stream, Report]:
-        """As AttentionSublayer.forward."""
-        y, extra, report = self.feedforward(self.norm(u), sequence)
-        if extra is not None:
-            stream = replace(stream, extra=stream.extra + extra)
-        return y, stream, report
+    def apply_to(self, x: Tensor, carried: Mapping[str, Any], sequence: Sequence) -> Result:
+        result: Result = self.feedforward(x, sequence, carried)
+        return result
 
 
-class Block(nn.Module):
-    """The unit of recompute, compilation and sharding."""
+class Block(Module):
+    """The unit of recompute, compilation and sharding. Its sublayers are its children, by name and in order."""
 
-    def __init__(self, residual: Any, attention: AttentionSublayer, feedforward: FeedForwardSublayer) -> None:
-        """residual makes one residual scheme for each sublayer."""
+    scale: Tensor
+
+    def __init__(self, sublayers: Mapping[str, Sublayer], *, scaled: bool) -> None:
+        """scaled: the residual is multiplied by one number after the last sublayer (Gemma 4)."""
         super().__init__()
-        self.attention, self.feedforward = attention, feedforward
-        self.attention_residual, self.feedforward_residual = residual(), residual()
+        self.scaled = scaled
+        if scaled:
+            self.declare("scale", (1,), ("one",), "gain")
+        for name, sublayer in sublayers.items():
+            self.add_module(name, sublayer)
+
+    def sublayers(self) -> list[Sublayer]:
+        """In order."""
+        return [module for module in self.children() if isinstance(module, Sublayer)]
+
+    def update_bias(self, load: Tensor) -> None:
+        """One step of its router's selection bias, if it has one; load: [E], of the whole global batch."""
+        for sublayer in self.sublayers():
+            if isinstance(sublayer, FeedForwardSublayer):
+                sublayer.feedforward.update_bias(load)
 
     def forward(self, stream: Stream, sequence: Sequence) -> tuple[Stream, Report]:
         reports: Report = {}
-        for sublayer, residual in (
-            (self.attention, self.attention_residual),
-            (self.feedforward, self.feedforward_residual),
-        ):
-            u, carry = residual.read(stream.residual)
-            y, stream, report = sublayer(u, stream, sequence)
-            stream = replace(stream, residual=residual.write(stream.residual, carry, y))
+        for sublayer in self.sublayers():
+            stream, report = sublayer(stream, sequence)
             reports.update(report)
+        if self.scaled:
+            stream = Stream(stream.residual * self.scale.to(stream.residual.dtype), stream.carried, stream.extra)
         return stream, reports

@@ -87,10 +87,10 @@ class Cache:
         self.tokens = tokens
         self.length = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.stores = {
-            (layer, slot.name): Store.empty(slot, num_rows, tokens, model.compute_dtype, torch.device(device))
-            for layer, attention in enumerate(model.attentions())
-            if attention.writes
-            for slot in attention.slots()
+            (sublayer.layer, slot.name): Store.empty(slot, num_rows, tokens, model.compute_dtype, torch.device(device))
+            for sublayer in model.attention_sublayers()
+            if sublayer.attention.writes
+            for slot in sublayer.attention.slots()
         }
 
     def extend(self, num_new: Tensor, width: int) -> Cached:

@@ -8,11 +8,13 @@ from typing import Any
 
 from conf import schema
 from models import mechanism
+from models.norm import Kind
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One depth: which scheme, which feed-forward, and whose state the attention reads.
+    """One depth: which scheme, which feed-forward, what it injects from the token itself, and whose state the attention
+    reads.
 
     reads: null for its own state; -n for the layer n before; n ≥ 0 for layer n. A layer that reads another's has no
     parameters for a state of its own (cross-layer attention, arXiv 2405.12981).
@@ -20,6 +22,7 @@ class LayerPlan:
 
     attention: Mapping[str, Any]
     feedforward: Mapping[str, Any]
+    injection: Mapping[str, Any] | None = None
     reads: int | None = None
 
 
@@ -37,7 +40,12 @@ class Stack:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """vocab: rows of the embedding. tied: the head is the embedding. std: of the initial matrices."""
+    """vocab: rows of the embedding. tied: the head is the embedding. std: of the initial matrices.
+
+    norm: before each sublayer and the head. post_norm: one more on each sublayer's output. block_scale: a number for
+    each layer, by which the residual is multiplied at its end (both Gemma 4). embedding_scale: factor on the embedding,
+    rounded to the compute dtype.
+    """
 
     vocab: int
     width: int
@@ -46,6 +54,10 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tied: bool = False
     std: float = 0.02
+    norm: Kind = "rms"
+    post_norm: bool = False
+    block_scale: bool = False
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.vocab < 2 or self.width < 1 or not self.layers:
@@ -58,6 +70,7 @@ class Layer:
 
     attention: Any
     feedforward: Any
+    injection: Any
     writer: int
 
 
@@ -75,8 +88,11 @@ def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:
     index = len(before)
     attention = mechanism.config_of("attention", plan.attention, f"{where}.attention")
     feedforward = mechanism.config_of("feedforward", plan.feedforward, f"{where}.feedforward")
+    injection = None
+    if plan.injection is not None:
+        injection = mechanism.config_of("injection", plan.injection, f"{where}.injection")
     if plan.reads is None:
-        return Layer(attention, feedforward, index)
+        return Layer(attention, feedforward, injection, index)
     writer = plan.reads if plan.reads >= 0 else index + plan.reads
     if not 0 <= writer < index:
         raise schema.Refused(f"{where}.reads is {plan.reads}, but layer {index} can only read a layer before it.")
@@ -88,4 +104,4 @@ def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:
         raise schema.Refused(
             f"{where}.reads names layer {writer}, whose attention scheme is another; a state fits its own scheme."
         )
-    return Layer(attention, feedforward, writer)
+    return Layer(attention, feedforward, injection, writer)

@@ -14,8 +14,8 @@ so that training on whole rows, on shards of rows, and decoding from a cache are
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -227,6 +227,29 @@ class Flops:
         return Flops(self.projections + other.projections, self.scores + other.scores, self.selection + other.selection)
 
 
+Report = dict[str, Tensor]
+"""What a layer measured, detached and of fixed shape; summed over micro-batches and ranks by whoever trains."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a mechanism makes of its input.
+
+    y: [B, S, D]. extra: auxiliary losses, each coefficient × local sum ÷ global count. provided: what it leaves for
+    later layers, by the names in its `provides`.
+    """
+
+    y: Tensor
+    extra: Tensor | None = None
+    report: Report = field(default_factory=dict)
+    provided: dict[str, Any] = field(default_factory=dict)
+
+
+Mode = Literal["dense", "warmup", "sparse"]
+"""How a scheme that selects is trained: without selecting, its selector alone, or both (DeepSeek-V3.2, arXiv
+2512.02556, section 2.1.1). Fixed within a phase; a scheme that selects nothing does not read it."""
+
+
 class Attention(Module):
     """A compression scheme at one depth of a model.
 
@@ -235,14 +258,15 @@ class Attention(Module):
 
     writes: bool
     core: Callable[..., tuple[Tensor, Tensor | None]]
+    mode: Mode = "sparse"
 
     @abstractmethod
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Any, State]:
         """x: [B, S, D], normalised. Returns the query, which `attend` alone reads, and the state ({} for a reader)."""
 
     @abstractmethod
-    def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Tensor:
-        """Read the pieces. Returns [B, S, D]."""
+    def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Result:
+        """Read the pieces; y: [B, S, D]."""
 
     @abstractmethod
     def slots(self) -> tuple[Slot, ...]:
@@ -254,12 +278,19 @@ class Attention(Module):
 
 
 class FeedForward(Module):
-    """What a token goes through by itself."""
+    """What a token goes through by itself.
+
+    normalises: it is handed the residual as it is and has norms of its own. needs, provides: what it reads of, and adds
+    to, what the stream carries; a model's entry carries "ids" [B, S] and "embedding" [B, S, D], scaled.
+    """
+
+    normalises: bool = False
+    needs: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
 
     @abstractmethod
-    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """x: [B, S, D], normalised. Returns y [B, S, D], auxiliary losses (each ÷ its global count) or None, a
-        report."""
+    def forward(self, x: Tensor, sequence: Sequence, carried: Mapping[str, Any]) -> Result:
+        """x: [B, S, D], normalised unless it does so itself."""
 
     @abstractmethod
     def flops(self) -> float:
@@ -271,6 +302,30 @@ class FeedForward(Module):
 
     def update_bias(self, load: Tensor) -> None:
         """One step of a selection bias, if there is one; load: [E], of the whole global batch."""
+
+
+class Residual(Module):
+    """How one sublayer reads the residual stream, and how its output is written back."""
+
+    @abstractmethod
+    def read(self, residual: Tensor) -> tuple[Tensor, Any]:
+        """Returns the sublayer's input [B, S, D] and whatever `write` will need."""
+
+    @abstractmethod
+    def write(self, residual: Tensor, carry: Any, y: Tensor) -> Tensor:
+        """y: [B, S, D], the sublayer's output. Returns the next residual."""
+
+
+class Ends(Module):
+    """The two ends of the residual stream."""
+
+    @abstractmethod
+    def enter(self, embedded: Tensor) -> Tensor:
+        """[B, S, D] to the residual stream."""
+
+    @abstractmethod
+    def leave(self, residual: Tensor) -> Tensor:
+        """The residual stream to [B, S, D]."""
 
 
 def at_tokens(sequence: Sequence, parts: dict[str, Tensor]) -> Entries:

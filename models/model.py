@@ -12,14 +12,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import Refused
-from models import loss, mechanism
-from models.block import AttentionSublayer, Block, FeedForwardSublayer
+from models import loss, mechanism, norm
+from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer
 from models.config import Layer, ModelConfig, resolve
-from models.contract import Attention, FeedForward, Sequence
+from models.contract import Attention, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
-from models.norm import RMSNorm
 from models.parameter import Module, Parametrization, named_specs
-from models.stream import Report, Stream
+from models.stream import Stream
 
 
 class Losses(NamedTuple):
@@ -66,14 +65,18 @@ class Model(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
         self.recompute = False
-        layers = resolve(config)
         residual = mechanism.config_of("residual", config.residual, "model.residual")
         self.embedding = Embedding(config.vocab, config.width)
-        self.residual = residual.build(config.width)
-        self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.ends = residual.ends(config.width)
+        self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(resolve(config)))
+        self.norm = norm.build(config.norm, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab, ("vocab", "width"), "head")
-        _mark_sharing(self.attention_sublayers())
+        _refuse_misread(self.attention_sublayers())
+        self.entry_live = _mark_live([sublayer for block in self.depths() for sublayer in block.sublayers()])
+
+    def depths(self) -> list[Block]:
+        """The blocks, in order of depth."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def attention_sublayers(self) -> list[AttentionSublayer]:
         """In order of depth."""
@@ -84,7 +87,7 @@ class Model(nn.Module):
         return [sublayer.attention for sublayer in self.attention_sublayers()]
 
     def feedforwards(self) -> list[FeedForward]:
-        """In order of depth."""
+        """All that tokens go through by themselves, injections too, in order of depth."""
         return [module.feedforward for module in self.modules() if isinstance(module, FeedForwardSublayer)]
 
     def parametrization(self) -> Parametrization:
@@ -92,7 +95,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, write: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
-        """Fill every parameter by its role, from a generator of its own, and zero the buffers.
+        """Fill every parameter by its role, from a generator of its own, and every buffer as its owner says.
 
         Drawn whole, in float32 on the CPU, so that a model, or a stage of it, is the same on every device and in every
         layout; `write` copies the drawn values into the parameter, or into this rank's part of it.
@@ -103,14 +106,15 @@ class Model(nn.Module):
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             rules.initialise(drawn, spec, generator)
             write(parameter, drawn)
-        for buffer in self.buffers():
-            buffer.zero_()
+        for name, module in self.named_modules():
+            if isinstance(module, Module):
+                module.start_buffers(torch.Generator().manual_seed(_seed_of(seed, name)))
 
     def forward(
         self, ids: Tensor, sequence: Sequence, targets: Tensor | None = None, *, score: bool = False
     ) -> Tensor | Losses | Scores:
         """ids: [B, S]. Without targets: logits [B, S, V] in fp32. With targets [B, S]: Losses, or Scores if `score`."""
-        stream = Stream.start(self.residual.enter(self.embedding(ids, self.compute_dtype)))
+        stream = self.enter(ids)
         reports = []
         for layer, block in enumerate(self.blocks):
             here = sequence.at(layer)
@@ -119,7 +123,7 @@ class Model(nn.Module):
             else:
                 stream, report = block(stream, here)
             reports.append(report)
-        hidden = self.norm(self.residual.leave(stream.residual))
+        hidden = self.norm(self.ends.leave(stream.residual))
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets is None:
             logits = F.linear(hidden, weight.to(hidden.dtype))
@@ -129,11 +133,20 @@ class Model(nn.Module):
             return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets)))
         return Losses(loss.cross_entropy(flat, weight, flat_targets), stream.extra, reports)
 
+    def enter(self, ids: Tensor) -> Stream:
+        """ids: [B, S]. What the first block is handed."""
+        embedded = self.embedding(ids, self.compute_dtype)
+        if self.config.embedding_scale != 1.0:
+            embedded = embedded * torch.tensor(self.config.embedding_scale, dtype=embedded.dtype).item()
+        carried = {"ids": ids, "embedding": embedded}
+        live = {name: value for name, value in carried.items() if name in self.entry_live}
+        return Stream.start(self.ends.enter(embedded), live)
+
     def update_router_biases(self, loads: list[Tensor | None]) -> None:
         """One step of each layer's selection bias; loads: by layer, [E] over the global batch, None without experts."""
-        for feedforward, load in zip(self.feedforwards(), loads, strict=True):
+        for block, load in zip(self.depths(), loads, strict=True):
             if load is not None:
-                feedforward.update_bias(load)
+                block.update_bias(load)
 
 
 def _seed_of(seed: int, name: str) -> int:
@@ -142,29 +155,42 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Block:
+    def around() -> tuple[Residual, nn.Module, nn.Module | None]:
+        """The residual and the norms of one sublayer."""
+        before, after = (norm.build(config.norm, config.width, config.norm_eps) for _ in range(2))
+        return residual.build(config.width), before, after if config.post_norm else None
+
     attention = layer.attention.build(config.width, writes=layer.writer == index)
-    return Block(
-        lambda: residual.build(config.width),
-        AttentionSublayer(attention, config.width, config.norm_eps, index, layer.writer),
-        FeedForwardSublayer(layer.feedforward.build(config.width), config.width, config.norm_eps),
-    )
+    sublayers: dict[str, Sublayer] = {
+        "attention": AttentionSublayer(attention, index, layer.writer, *around()),
+        "feedforward": FeedForwardSublayer(layer.feedforward.build(config.width), *around()),
+    }
+    if layer.injection is not None:
+        sublayers["injection"] = FeedForwardSublayer(layer.injection.build(config.width, index), *around())
+    return Block(sublayers, scaled=config.block_scale)
 
 
-def _mark_sharing(sublayers: list[AttentionSublayer]) -> None:
-    """Writers learn that they are read later; of each writer's readers, the last one drops the state.
+def _mark_live(sublayers: list[Sublayer]) -> frozenset[str]:
+    """Every sublayer learns which carried names a later one reads. Returns those that the first one is handed.
 
-    Raises Refused where a layer cannot read what its writer keeps.
+    Raises Refused for a name that nobody before its reader provides.
     """
-    last_reader: dict[int, int] = {}
+    live: frozenset[str] = frozenset()
+    for sublayer in reversed(sublayers):
+        sublayer.keep(live)
+        live = (live - set(sublayer.provides)) | set(sublayer.needs)
+    if missing := live - {"ids", "embedding"}:
+        raise Refused(f"model.layers: a layer reads {min(missing)!r}, which no layer before it provides.")
+    return live
+
+
+def _refuse_misread(sublayers: list[AttentionSublayer]) -> None:
+    """Raises Refused where a layer cannot read what its writer keeps."""
+    by_layer = {sublayer.layer: sublayer for sublayer in sublayers}
     for sublayer in sublayers:
-        if sublayer.writer != sublayer.layer:
-            last_reader[sublayer.writer] = sublayer.layer
-            kept, read = (sublayers[at].attention.slots() for at in (sublayer.writer, sublayer.layer))
-            if not all(mine.serves(theirs) for mine, theirs in zip(kept, read, strict=True)):
-                raise Refused(
-                    f"model.layers: layer {sublayer.layer} reads layer {sublayer.writer}, whose state has other sizes "
-                    "or a shorter window; give both the same sizes, and the reader no longer a window."
-                )
-    for sublayer in sublayers:
-        sublayer.read_later = sublayer.layer in last_reader
-        sublayer.last_reader = last_reader.get(sublayer.writer) == sublayer.layer
+        kept, read = by_layer[sublayer.writer].attention.slots(), sublayer.attention.slots()
+        if not all(mine.serves(theirs) for mine, theirs in zip(kept, read, strict=True)):
+            raise Refused(
+                f"model.layers: layer {sublayer.layer} reads layer {sublayer.writer}, whose state has other sizes "
+                "or a shorter window; give both the same sizes, and the reader no longer a window."
+            )

@@ -1,6 +1,9 @@
-"""Root-mean-square norm (arXiv 1910.07467), with and without a gain; statistics in fp32."""
+"""Root-mean-square norm (arXiv 1910.07467), with and without a gain, and layer norm (arXiv 1607.06450); statistics in
+fp32."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,3 +28,27 @@ class RMSNorm(Module):
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dim, without a gain."""
     return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
+class LayerNorm(Module):
+    """(x − mean) / deviation · gain + bias over the last dim of size `size`."""
+
+    gain: Tensor
+    bias: Tensor
+
+    def __init__(self, size: int, eps: float, axis: str = "width") -> None:
+        super().__init__()
+        self.eps = eps
+        self.declare("gain", (size,), (axis,), "gain")
+        self.declare("bias", (size,), (axis,), "bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+Kind = Literal["rms", "layer"]
+
+
+def build(kind: Kind, size: int, eps: float) -> RMSNorm | LayerNorm:
+    """The norm before or after a sublayer."""
+    return RMSNorm(size, eps) if kind == "rms" else LayerNorm(size, eps)

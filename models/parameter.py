@@ -9,7 +9,7 @@ scale, Adam epsilon and weight decay, and the optimizer partitions by role. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,12 +39,14 @@ class Spec:
     role: what the parameter is for; the parametrization and the optimizer read it.
     fp32: computed in float32 even where the model computes in bfloat16. No wrapper may cast it.
     split: sizes of logically independent matrices along the first matrix dim, e.g. (latent, rope); empty = one matrix.
+    start: fills it in place, where it does not start as its role does.
     """
 
     axes: tuple[str, ...]
     role: Role
     fp32: bool = False
     split: tuple[int, ...] = ()
+    start: Callable[[Tensor], object] | None = None
 
 
 class Module(nn.Module):
@@ -63,6 +65,7 @@ class Module(nn.Module):
         *,
         fp32: bool = False,
         split: tuple[int, ...] = (),
+        start: Callable[[Tensor], object] | None = None,
     ) -> None:
         """Create the parameter `name` of `shape`, uninitialised: `initialise` fills it by role.
 
@@ -72,8 +75,13 @@ class Module(nn.Module):
             raise ValueError(f"parameter {name} has {len(shape)} dims but {len(axes)} logical axes")
         if split and sum(split) != shape[-2]:
             raise ValueError(f"parameter {name} splits into {split}, which is not its {shape[-2]} rows")
-        self.specs[name] = Spec(axes, role, fp32, split)
+        self.specs[name] = Spec(axes, role, fp32, split, start)
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def start_buffers(self, generator: torch.Generator) -> None:
+        """Fill the buffers that this module itself registered: with zeros, unless it knows better."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
 
 def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spec]]:
@@ -104,6 +112,9 @@ class Parametrization:
 
     def initialise(self, tensor: Tensor, spec: Spec, generator: torch.Generator | None) -> None:
         """Fill `tensor` in place."""
+        if spec.start is not None:
+            spec.start(tensor)
+            return
         match spec.role:
             case "gain":
                 tensor.fill_(1.0)

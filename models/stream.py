@@ -11,22 +11,20 @@ from torch.utils import _pytree as pytree
 
 from models.linear import full_precision
 
-Report = dict[str, Tensor]
-"""What a block measured, detached and of fixed shape; summed over micro-batches and ranks by whoever trains."""
-
 
 @dataclass(frozen=True)
 class Stream:
-    """residual: [B, S, D], or what the residual scheme makes of it. carried: by writing layer, the pieces that a later
-    layer reads. extra: one fp32 scalar, the sum of auxiliary losses, each coefficient × local sum ÷ global count."""
+    """residual: [B, S, D], or what the residual scheme makes of it. carried: by name, what a later layer reads:
+    tensors, and the pieces of a shared state. extra: one fp32 scalar, the sum of auxiliary losses, each coefficient ×
+    local sum ÷ global count."""
 
     residual: Tensor
-    carried: dict[int, Any]
+    carried: dict[str, Any]
     extra: Tensor
 
     @classmethod
-    def start(cls, residual: Tensor) -> Stream:
-        return cls(residual, {}, torch.zeros((), dtype=full_precision(residual.dtype), device=residual.device))
+    def start(cls, residual: Tensor, carried: dict[str, Any]) -> Stream:
+        return cls(residual, carried, torch.zeros((), dtype=full_precision(residual.dtype), device=residual.device))
 
 
 pytree.register_pytree_node(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.contract import Attention, Flops, PairCount, Part, Pieces, Sequence, Slot, State, Visibility
+from models.contract import Attention, Flops, PairCount, Part, Pieces, Result, Sequence, Slot, State, Visibility
 from models.contract import at_tokens, visible_pairs
 from models.cores import blockwise
 from models.cores.merge import Core, read
@@ -70,12 +70,12 @@ class Shift(Attention):
             "kv": at_tokens(sequence, {"key": self.key(x), "value": value})
         }
 
-    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Tensor:
+    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = []
         for kv in pieces["kv"]:
             key, value = (kv.parts[name].unsqueeze(2) for name in ("key", "value"))
             readables.append((key, value, Visibility.of(kv, sequence)))
-        return self.output(read(self.core, query, readables, self.config.head_dim**-0.5).flatten(-2))
+        return Result(self.output(read(self.core, query, readables, self.config.head_dim**-0.5).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         linear = (self.query, self.output, self.key, self.now, self.earlier)

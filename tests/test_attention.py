@@ -35,7 +35,7 @@ def build(plan: schemes.Plan) -> Any:
 
 def run(attention: Attention, x: Tensor, sequence: Whole) -> Tensor:
     query, state = attention.compress(x, sequence)
-    return attention.attend(query, sequence.collect(attention.slots(), state), sequence)
+    return attention.attend(query, sequence.collect(attention.slots(), state), sequence).y
 
 
 def unit(x: Tensor) -> Tensor:

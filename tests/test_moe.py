@@ -122,8 +122,8 @@ def test_any_size_of_expert_works(width: int, hidden: int, dtype: torch.dtype) -
     """A grouped GEMM wants rows of 16 bytes; the sizes of a model need not be such."""
     layer = build(width, torch.float32, hidden=hidden)
     x = torch.randn(2, 7, width)
-    exact, _, _ = layer(x, Whole.rows(2, 7))
-    y, _, _ = layer(x.to(dtype), Whole.rows(2, 7))
+    exact = layer(x, Whole.rows(2, 7), {}).y
+    y = layer(x.to(dtype), Whole.rows(2, 7), {}).y
     assert y.dtype == dtype
     assert (y - exact).norm() < 0.05 * exact.norm()
 
@@ -168,12 +168,12 @@ def test_layer_is_a_sum_over_its_experts(shared_hidden: int, favourite: int | No
     if favourite is not None:
         layer.router.bias[favourite] = 100.0
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    y, extra, report = layer(x, Whole.rows(2, 5))
-    assert extra is None
+    result = layer(x, Whole.rows(2, 5), {})
+    assert result.extra is None
     routing = layer.router(x.flatten(0, 1))
-    assert report["load"].tolist() == [int((routing.experts == e).sum()) for e in range(6)]
+    assert result.report["load"].tolist() == [int((routing.experts == e).sum()) for e in range(6)]
     if favourite is not None:
-        assert report["load"][favourite] == 10
+        assert result.report["load"][favourite] == 10
     rows = []
     for n, token in enumerate(x.flatten(0, 1)):
         out = torch.zeros(8, dtype=torch.float64) if layer.shared is None else layer.shared.swiglu(token)
@@ -182,11 +182,13 @@ def test_layer_is_a_sum_over_its_experts(shared_hidden: int, favourite: int | No
             out = out + weight * (layer.experts.down[e] @ (torch.nn.functional.silu(gate) * up))
         rows.append(out)
     expected = torch.stack(rows).view_as(x)
-    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(result.y, expected)
     leaves = (x, *layer.parameters())
     seed = torch.randn_like(x)
     for gradient, wanted in zip(
-        torch.autograd.grad((y * seed).sum(), leaves), torch.autograd.grad((expected * seed).sum(), leaves), strict=True
+        torch.autograd.grad((result.y * seed).sum(), leaves),
+        torch.autograd.grad((expected * seed).sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(gradient, wanted)
 
@@ -226,12 +228,12 @@ def test_losses_are_divided_by_global_counts() -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     counts = {"tokens": torch.tensor(40.0), "sequences": torch.tensor(8.0)}
     whole = Whole.rows(2, 5)
-    _, extra, _ = layer(x, Whole(whole.position, whole.document, counts=counts))
+    extra = layer(x, Whole(whole.position, whole.document, counts=counts), {}).extra
     routing = layer.router(x.flatten(0, 1))
     evenness = balance.sequence_balance(routing.affinity.view(2, 5, 6), routing.experts.view(2, 5, 2), whole)
     z = balance.router_z(routing.logits.view(2, 5, 6), whole)
     torch.testing.assert_close(extra, 0.5 * evenness / 8 + 0.25 * z / 40)
-    assert not layer(x, whole)[2]["load"].requires_grad
+    assert not layer(x, whole, {}).report["load"].requires_grad
 
 
 @pytest.mark.parametrize(

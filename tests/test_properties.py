@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import Refused
 from models import cost
+from models.block import state_of
 from models.cache import Cache
 from models.contract import NOTHING, Sequence, Slot, all_pairs
 from models.cores import blockwise
@@ -22,7 +23,6 @@ from models.loss import IGNORE
 from models.model import Losses, Model
 from models.parameter import ROLES, named_specs
 from models.sequence import Whole
-from models.stream import Stream
 from tests.schemes import ROWS, VOCAB, Plan, Row, gqa, hca, layer, mla, packed, tokens
 from tests.sharded import Form, in_shards
 from tests.watch import Watch
@@ -390,8 +390,9 @@ def test_only_what_is_read_later_is_carried(row: Row) -> None:
     """A stage border sends what the stream carries: a state from its writer to its last reader."""
     model, sequence = row.model_in(torch.float64), ragged(row)
     writers = [sublayer.writer for sublayer in model.attention_sublayers()]
-    stream = Stream.start(model.embedding(tokens(*sequence.position.shape), torch.float64))
+    stream = model.enter(tokens(*sequence.position.shape))
     with torch.no_grad():
         for depth, block in enumerate(model.blocks):
             stream, _ = block(stream, sequence.at(depth))
-            assert set(stream.carried) == set(writers[depth + 1 :]) & set(writers[: depth + 1])
+            states = {name for name in stream.carried if name.startswith("state")}
+            assert states == set(map(state_of, set(writers[depth + 1 :]) & set(writers[: depth + 1])))

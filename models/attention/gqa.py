@@ -17,6 +17,7 @@ from models.contract import (
     PairCount,
     Part,
     Pieces,
+    Result,
     Sequence,
     Slot,
     State,
@@ -90,11 +91,11 @@ class GQA(Attention):
         value = self.value(x).unflatten(-1, (-1, self.config.head_dim))
         return query, {"kv": at_tokens(sequence, {"key": key, "value": value})}
 
-    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Tensor:
+    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = [
             (kv.parts["key"], kv.parts["value"], Visibility.of(kv, sequence, self.config.window)) for kv in pieces["kv"]
         ]
-        return self.output(read(self.core, query, readables, self.scale).flatten(-2))
+        return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         projections = self.query.flops() + self.output.flops()

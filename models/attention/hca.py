@@ -19,6 +19,7 @@ from models.contract import (
     PairCount,
     Part,
     Pieces,
+    Result,
     Sequence,
     Slot,
     State,
@@ -143,7 +144,7 @@ class HCA(Attention):
         kv = rotate_last(c.rope, self.kv_norm(self.kv(x)), c.rope_dim, sequence.position)
         return query, {"window": at_tokens(sequence, {"kv": kv}), "blocks": self.compressor(x, sequence)}
 
-    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Tensor:
+    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         c = self.config
         readables = []
         for slot, reach in (("window", c.window), ("blocks", None)):
@@ -153,7 +154,7 @@ class HCA(Attention):
         out = read(self.core, query, readables, self.scale, self.sink)
         # rotating back leaves each value turned by its distance to the query, not by its absolute position
         out = rotate_last(c.rope, out, c.rope_dim, sequence.position, inverse=True)
-        return self.output(self.group_output(out.flatten(-2)))
+        return Result(self.output(self.group_output(out.flatten(-2))))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config

@@ -20,6 +20,7 @@ from models.contract import (
     PairCount,
     Part,
     Pieces,
+    Result,
     Sequence,
     Slot,
     State,
@@ -115,9 +116,9 @@ class MLA(Attention):
         parts = {"latent": self.latent_norm(latent), "rope": c.rope.rotate(key_rope, sequence.position)}
         return query, {"latent": at_tokens(sequence, parts)}
 
-    def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Tensor:
+    def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Result:
         out = self._absorbed if self._absorbs(pieces["latent"][0], query.nope.shape[1]) else self._expanded
-        return self.output(out(query, pieces["latent"], sequence).flatten(-2))
+        return Result(self.output(out(query, pieces["latent"], sequence).flatten(-2)))
 
     def expand(self, entries: Entries) -> tuple[Tensor, Tensor]:
         """Latents to plain heads: keys [B, T, H, nope_dim + rope_dim], values [B, T, H, value_dim]."""

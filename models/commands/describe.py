@@ -13,7 +13,7 @@ from conf.schema import Refused
 from models import cost
 from models.commands.named import Named, named
 from models.commands.overview import count
-from models.config import resolve
+from models.config import Layer, LayerPlan, resolve
 from models.contract import Slot
 from models.model import Model
 
@@ -64,7 +64,7 @@ def picture(found: Named, model: Model) -> str:
             lines += [f"    leaves     {_slot_words(slot)}" for slot in first["slots"]]
         else:
             lines += [f"    reads      what layer {first['reads']} left; leaves nothing"]
-        lines += [_wrapped("feedforward", first["feedforward"])]
+        lines += [_wrapped(name, first[name]) for name in ("feedforward", "injection") if name in first]
     return "\n".join(lines)
 
 
@@ -77,10 +77,17 @@ def _layers(model: Model) -> list[dict[str, Any]]:
             "writes": sublayer.attention.writes,
             "attention": {"scheme": plan.attention["scheme"], **dataclasses.asdict(layer.attention)},
             "feedforward": {"scheme": plan.feedforward["scheme"], **dataclasses.asdict(layer.feedforward)},
+            **_injection(plan, layer),
             "slots": [_slot(slot) for slot in sublayer.attention.slots()],
         }
         for plan, layer, sublayer in zip(plans, resolve(model.config), model.attention_sublayers(), strict=True)
     ]
+
+
+def _injection(plan: LayerPlan, layer: Layer) -> dict[str, Any]:
+    if plan.injection is None:
+        return {}
+    return {"injection": {"scheme": plan.injection["scheme"], **dataclasses.asdict(layer.injection)}}
 
 
 def _slot(slot: Slot) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.contract import FeedForward, Sequence
+from models.contract import FeedForward, Result, Sequence
 from models.linear import Linear
-from models.stream import Report
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ class Dense(FeedForward):
         self.up = Linear(width, hidden, ("hidden", "width"))
         self.down = Linear(hidden, width, ("width", "hidden"), "output")
 
-    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None, Report]:
-        """x: [B, S, D]. Returns y, no auxiliary loss, nothing to report."""
-        return self.swiglu(x), None, {}
+    def forward(self, x: Tensor, sequence: Sequence, carried: Mapping[str, Any]) -> Result:
+        return Result(self.swiglu(x))
 
     def swiglu(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.contract import FeedForward, Sequence
+from models.contract import FeedForward, Result, Sequence
 from models.feedforward.dense import Dense
 from models.moe import balance, dispatch, router
 from models.moe.experts import Experts
-from models.stream import Report
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class MoE(FeedForward):
         self.experts = Experts(width, c.hidden, c.experts)
         self.shared = Dense(width, c.shared_hidden) if c.shared_hidden else None
 
-    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None, Report]:
-        """x: [B, S, D]. Returns y, the auxiliary losses (each ÷ its global count), and the load [E]."""
+    def forward(self, x: Tensor, sequence: Sequence, carried: Mapping[str, Any]) -> Result:
+        """Reports the load [E]."""
         c, (batch, length, _) = self.config, x.shape
         flat = x.flatten(0, 1)
         routing = self.router(flat)
@@ -80,7 +81,7 @@ class MoE(FeedForward):
             loss = balance.router_z(routing.logits.view(batch, length, -1), sequence)
             z = c.z_loss * loss / sequence.counts["tokens"]
             extra = z if extra is None else extra + z
-        return y, extra, {"load": order.load}
+        return Result(y, extra, {"load": order.load})
 
     def idle(self) -> int:
         """The experts that were not chosen."""

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from models import contract
 
 
 @dataclass(frozen=True)
 class Config:
     """Nothing to set."""
 
-    def build(self, width: int) -> Plain:
-        return Plain()
+    def build(self, width: int) -> Residual:
+        return Residual()
+
+    def ends(self, width: int) -> Ends:
+        return Ends()
 
 
-class Plain(nn.Module):
-    """How a sublayer reads the residual stream, and how its output is written back. No parameters."""
-
-    @staticmethod
-    def enter(embedded: Tensor) -> Tensor:
-        """[B, S, D] to the residual stream."""
-        return embedded
-
-    @staticmethod
-    def leave(residual: Tensor) -> Tensor:
-        """The residual stream to [B, S, D]."""
-        return residual
+class Residual(contract.Residual):
+    """No parameters."""
 
     def read(self, residual: Tensor) -> tuple[Tensor, None]:
-        """Returns the sublayer's input [B, S, D] and whatever `write` will need."""
         return residual, None
 
     def write(self, residual: Tensor, carry: None, y: Tensor) -> Tensor:
-        """y: [B, S, D], the sublayer's output."""
         return residual + y
+
+
+class Ends(contract.Ends):
+    """The stream is the embedding's width throughout."""
+
+    def enter(self, embedded: Tensor) -> Tensor:
+        return embedded
+
+    def leave(self, residual: Tensor) -> Tensor:
+        return residual
