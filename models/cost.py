@@ -3,10 +3,13 @@ operations."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import linear_regression
 
 import torch
 
+from models.cache import Cache
 from models.config import ModelConfig
 from models.contract import BYTES, Flops, PairCount, Slot, visible_pairs
 from models.model import Model
@@ -64,6 +67,20 @@ def read_bytes_per_step(model: Model, context: int) -> float:
     """Cache bytes that one decode step reads: every reader its state, also a shared one."""
     slots = [slot for attention in model.attentions() for slot in attention.slots() if slot.kind == "entry"]
     return sum(visible_pairs(slot, 1, context) * slot_bytes(slot) for slot in slots)
+
+
+def flop_per_byte(model: Model, context: int) -> float:
+    """Operations on what one decode step reads of the cache, selecting and scoring, for each byte of it."""
+    step = flops(model, 1, context)
+    read = read_bytes_per_step(model, context)
+    return (step.scores + step.selection) / read if read else 0.0
+
+
+def growth_exponent(model: Model) -> float:
+    """p, where the bytes that a cache allocates grow as tokensᵖ: fitted to 4,096 … 262,144 tokens of one sequence."""
+    contexts = [2**n for n in range(12, 19)]
+    allocated = [sum(Cache(model, 1, tokens, "meta").num_bytes().values()) for tokens in contexts]
+    return linear_regression([math.log(n) for n in contexts], [math.log(held) for held in allocated]).slope
 
 
 def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:

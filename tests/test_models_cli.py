@@ -164,6 +164,11 @@ def test_what_fits_a_gpu(said: Callable[..., str]) -> None:
     assert fits["sessions"] == {"4096": fits["longest_context"] // 4096}
     assert costs["deepseek_v3"]["gpu"]["longest_context"] == 0
     assert "do not fit h100" in said("cost", *words)
+    # 8 query heads read each KV head: 2 × 2 × 8 × 128 operations for 2 × 128 × 2 bytes, far below 989 / 3.35
+    assert costs["qwen3_30b_a3b"]["flop_per_byte"]["4096"] == 8
+    assert fits["ridge"] == 295.2 and fits["bound"]["4096"] == "memory"
+    # absorbed, all 128 heads read one latent: 2 × 128 × (2 × 512 + 64) for 1,152 bytes
+    assert costs["deepseek_v3"]["flop_per_byte"]["4096"] == pytest.approx(241.778, abs=1e-3)
     eight = json.loads(said("cost", "qwen3_30b_a3b", "--gpu", "8xh100", "--weights", "fp4", "--json"))
     assert eight["qwen3_30b_a3b"]["gpu"]["memory_bytes"] == 640_000_000_000
     assert eight["qwen3_30b_a3b"]["gpu"]["weight_bytes"] == fits["weight_bytes"] / 4

@@ -209,6 +209,14 @@ def test_declared_bytes_are_measured(row: Row) -> None:
 
 
 @every_row
+def test_a_cache_grows_linearly_or_not_at_all(row: Row) -> None:
+    """Allocated, from 4,096 tokens on: with exponent 1 where anything is read back to the start, 0 where nothing is."""
+    endless = any(slot.kind == "entry" and slot.reach is None for slot in row.slots())
+    with torch.device("meta"):
+        assert cost.growth_exponent(Model(row.config())) == pytest.approx(float(endless), abs=0.02)
+
+
+@every_row
 def test_declared_flops_are_measured(row: Row) -> None:
     """Against PyTorch's counter on the plain core: the whole sequence, and one step of decode."""
     model = row.model_in(torch.float64)

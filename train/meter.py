@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from models import cost
+from models.gpu import GPUS
 from models.model import Model
-
-PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12, "NVIDIA B200": 2250e12}
-"""Dense bf16 multiply-adds ×2 per second, from the vendors' data sheets, by the beginning of the device's name."""
 
 
 class Clock:
@@ -74,7 +72,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)), None)
+    return next((gpu.flops for gpu in GPUS.values() if name.startswith(gpu.device)), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -14,10 +14,8 @@ from models import cost
 from models.commands.named import named
 from models.commands.overview import count
 from models.contract import BYTES
+from models.gpu import GPUS, Gpu
 from models.model import Model
-
-MEMORY = {"a100": 80e9, "b200": 180e9, "h100": 80e9, "h200": 141e9, "rtx4090": 24e9, "rtx5090": 32e9}
-"""Bytes of one GPU, as their makers state them."""
 
 LIMIT = 2**40
 """Contexts are not searched beyond it: a cache that does not grow would fit any."""
@@ -30,12 +28,15 @@ def run(arguments: argparse.Namespace) -> None:
     contexts = _contexts(arguments.context)
     if arguments.weights is not None and arguments.gpu is None:
         raise Refused("--weights says how weights lie on a GPU; give --gpu too, or leave it out.")
-    fits = None if arguments.gpu is None else (_gpu_bytes(arguments.gpu), _format_bytes(arguments.weights or "bf16"))
+    gpus = None if arguments.gpu is None else _gpus(arguments.gpu)
+    weight_bytes = _format_bytes(arguments.weights or "bf16")
     models = {found.name: cost.meta(found.config) for found in named(arguments.model)}
     costs = {name: costs_of(model, contexts) for name, model in models.items()}
-    if fits is not None:
+    if gpus is not None:
+        number, gpu = gpus
         for name, model in models.items():
-            costs[name]["gpu"] = fitting(model, contexts, arguments.gpu, *fits)
+            fits = fitting(model, contexts, number * gpu.memory, weight_bytes)
+            costs[name]["gpu"] = {"name": arguments.gpu, **fits, **against_ridge(costs[name], gpu)}
     if arguments.baseline is not None:
         baseline = _baseline(arguments.baseline, costs, contexts)
         for name in costs:
@@ -56,13 +57,15 @@ def costs_of(model: Model, contexts: list[int]) -> Costs:
             tokens: {kind: _whole(number) for kind, number in held.items() if kind != "total"}
             for tokens, held in cache.items()
         },
+        "growth_exponent": round(cost.growth_exponent(model), 3),
+        "flop_per_byte": {str(n): round(cost.flop_per_byte(model, n), 3) for n in contexts},
         "read_bytes_per_step": {str(n): _whole(cost.read_bytes_per_step(model, n)) for n in contexts},
         "decode_flops": {str(n): _whole(cost.flops(model, 1, n).total) for n in contexts},
         "prefill_flops": {str(n): _whole(cost.flops(model, n, n).total) for n in contexts},
     }
 
 
-def fitting(model: Model, contexts: list[int], gpu: str, memory: float, weight_bytes: float) -> Costs:
+def fitting(model: Model, contexts: list[int], memory: float, weight_bytes: float) -> Costs:
     """What the memory holds beside the weights: the longest context of one session, and sessions of each context.
 
     Activations and the engine's own needs are not subtracted.
@@ -81,12 +84,17 @@ def fitting(model: Model, contexts: list[int], gpu: str, memory: float, weight_b
         str(n): max(0, int(left // held)) if (held := cost.kv_bytes(model, n)["total"]) else None for n in contexts
     }
     return {
-        "name": gpu,
         "memory_bytes": _whole(memory),
         "weight_bytes": _whole(weights),
         "longest_context": longest,
         "sessions": sessions,
     }
+
+
+def against_ridge(costs: Costs, gpu: Gpu) -> Costs:
+    """By context, what reading the cache waits for: the GPU's `memory`, or its `compute`."""
+    sides = {n: "compute" if found > gpu.ridge else "memory" for n, found in costs["flop_per_byte"].items()}
+    return {"ridge": round(gpu.ridge, 1), "bound": sides}
 
 
 def percents(costs: Costs, baseline: Costs) -> Costs:
@@ -125,10 +133,11 @@ def tables(costs: Mapping[str, Costs], contexts: list[int]) -> str:
         lines += [
             "",
             f"{int(context):,} tokens of context",
-            header("KV cache", "read / step", "decode FLOP", "prefill FLOP"),
+            header("KV cache", "read / step", "FLOP / byte", "decode FLOP", "prefill FLOP"),
         ]
         for name, entry in costs.items():
             shown = [cell(entry, key, _bytes, context) for key in ("kv_bytes", "read_bytes_per_step")]
+            shown += [cell(entry, "flop_per_byte", _plain, context)]
             shown += [cell(entry, key, _flops, context) for key in ("decode_flops", "prefill_flops")]
             lines.append(f"{name:{width}}" + "".join(shown))
     for name, entry in costs.items():
@@ -142,9 +151,11 @@ def _fit_words(name: str, gpu: Costs) -> str:
         return f"{name}: {_bytes(gpu['weight_bytes'])} of weights do not fit {gpu['name']}"
     sessions = ", ".join(f"{number} of {int(context):,}" for context, number in gpu["sessions"].items())
     longest = "any length" if gpu["longest_context"] >= LIMIT else f"{gpu['longest_context']:,} tokens"
+    bounds = ", ".join(f"{bound} at {int(context):,}" for context, bound in gpu["bound"].items())
     return (
         f"{name} on {gpu['name']}, beside {_bytes(gpu['weight_bytes'])} of weights: "
-        f"longest context {longest}; sessions: {sessions}"
+        f"longest context {longest}; sessions: {sessions}; "
+        f"reading the cache is bound by {bounds} (ridge {gpu['ridge']:g} FLOP a byte)"
     )
 
 
@@ -165,11 +176,11 @@ def _contexts(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
-def _gpu_bytes(text: str) -> float:
+def _gpus(text: str) -> tuple[int, Gpu]:
     number, _, name = text.rpartition("x") if re.match(r"\d+x", text) else ("1", "", text)
-    if name not in MEMORY:
-        raise Refused(schema.unknown_choice("--gpu", name, list(MEMORY)))
-    return int(number) * MEMORY[name]
+    if name not in GPUS:
+        raise Refused(schema.unknown_choice("--gpu", name, list(GPUS)))
+    return int(number), GPUS[name]
 
 
 def _format_bytes(name: str) -> float:
@@ -188,6 +199,10 @@ def _bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:g} B"
+
+
+def _plain(number: float) -> str:
+    return f"{number:.1f}"
 
 
 def _flops(number: float) -> str:
