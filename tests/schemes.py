@@ -121,6 +121,19 @@ def hca(**changes: Any) -> Plan:
     return {"scheme": "hca", **sizes, "window": 5, "rate": 4, **changes}
 
 
+def per_head_latent(**changes: Any) -> Plan:
+    return {"scheme": "per_head_latent", "heads": 4, "kv_heads": 2, "head_dim": 6, "rank": 3, "rope_dim": 4, **changes}
+
+
+def gta(**changes: Any) -> Plan:
+    return {"scheme": "gta", "heads": 4, "kv_heads": 2, "head_dim": 8, **changes}
+
+
+def tpa(**changes: Any) -> Plan:
+    ranks = {"query_rank": 3, "key_rank": 2, "value_rank": 4}
+    return {"scheme": "tpa", "heads": 3, "head_dim": 6, **ranks, **changes}
+
+
 def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None) -> Plan:
     return {"attention": attention, "feedforward": feedforward, "reads": reads}
 
@@ -140,6 +153,14 @@ TABLE: dict[str, Row] = {
     "hca 3 window 7": Row((layer(hca(rate=3, window=7, rope_dim=6)),)),
     "hca 8 window 2": Row((layer(hca(rate=8, window=2, groups=1, rope=YARN)),)),
     "hca 2 window 1": Row((layer(hca(rate=2, window=1, groups=4)),)),
+    "per-head latent": Row((layer(per_head_latent()),)),
+    "per-head latent rotated": Row((layer(per_head_latent(rank=4, rope_dim=0, kv_heads=1)),)),
+    "per-head latent uncompressed": Row((layer(per_head_latent(rank=6, kv_heads=4)),)),
+    "per-head latent shared": Row((layer(per_head_latent()), layer(per_head_latent(heads=2), reads=-1))),
+    "gta": Row((layer(gta()), layer(gta(heads=6), reads=-1))),
+    "gta one state": Row((layer(gta(kv_heads=1, head_dim=4)),)),
+    "tpa": Row((layer(tpa()), layer(tpa(query_rank=None), reads=-1))),
+    "tpa kv-only": Row((layer(tpa(query_rank=None, key_rank=3, value_rank=2)),)),
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
