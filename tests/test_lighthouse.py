@@ -1,0 +1,144 @@
+"""Lighthouse attention against its description, entry by entry; and how far its selection leaks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.contract import NOTHING, Entries, Visibility
+from models.cores import plain
+from models.cores.lighthouse import Lighthouse
+from models.sequence import Whole
+from tests.schemes import packed
+
+SCALE = 0.4
+
+
+def tokens_of(sequence: Whole, heads: int = 2, kv_heads: int = 2) -> list[Tensor]:
+    """q, k and v [B, S, heads, size] in fp64."""
+    shape = sequence.position.shape
+    sizes = ((heads, 6), (kv_heads, 6), (kv_heads, 5))
+    return [torch.randn(*shape, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def visible(sequence: Whole, reach: int | None = None) -> Visibility:
+    return Visibility.of(Entries({}, sequence.position, sequence.document, aligned=True), sequence, reach)
+
+
+def by_entry(core: Lighthouse, q: Tensor, k: Tensor, v: Tensor, document: list[int]) -> Tensor:
+    """One head of one row: q, k [S, d], v [S, e]."""
+    length = len(q)
+    padded = length + -length % core.factor ** (core.levels - 1)
+    documents = document + [NOTHING] * (padded - length)
+
+    def covered(level: int, i: int) -> range:
+        return range(i * core.factor**level, (i + 1) * core.factor**level)
+
+    def owner(level: int, i: int) -> int:
+        inside = {documents[t] for t in covered(level, i)}
+        return inside.pop() if len(inside) == 1 else NOTHING
+
+    def score(level: int, i: int) -> float:
+        if owner(level, i) == NOTHING:
+            return -math.inf
+        return max(float((q[t].norm() + k[t].norm()).detach()) for t in covered(level, i))
+
+    kept = [(core.levels - 1, i) for i in range(padded // core.factor ** (core.levels - 1))]
+    for level in range(core.levels - 1):
+        parents = range(padded // core.factor ** (level + 1))
+        best = sorted(parents, key=lambda i: (-score(level + 1, i), i))[: core.keep]
+        kept += [(level, i * core.factor + child) for i in best for child in range(core.factor)]
+    kept = [(level, i) for level, i in kept if owner(level, i) != NOTHING]
+
+    def mean(x: Tensor, level: int, i: int) -> Tensor:
+        return torch.stack([x[t] for t in covered(level, i)]).mean(0)
+
+    out = [torch.zeros_like(v[0]) for _ in range(length)]
+    for level, i in kept:
+        last = covered(level, i)[-1]
+        readable = [
+            (mean(k, *other), mean(v, *other))
+            for other in kept
+            if covered(*other)[-1] <= last and owner(*other) == owner(level, i)
+        ]
+        weights = (torch.stack([key for key, _ in readable]) @ mean(q, level, i) * SCALE).softmax(0)
+        value = weights @ torch.stack([value for _, value in readable])
+        for t in range(last, last + core.factor**level):
+            if t < length and documents[t] == owner(level, i):
+                out[t] = out[t] + value
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("core", "sequence"),
+    [
+        pytest.param(Lighthouse(levels=3, factor=2, keep=2), Whole.rows(2, 16), id="whole blocks"),
+        pytest.param(Lighthouse(levels=2, factor=3, keep=1), Whole.rows(1, 14), id="a block still open"),
+        pytest.param(Lighthouse(levels=3, factor=2, keep=99), Whole.rows(1, 9), id="everything kept"),
+        pytest.param(Lighthouse(levels=3, factor=2, keep=2), packed([[1, 7, 10], [5, 2]]), id="packed and padded"),
+        pytest.param(Lighthouse(levels=3, factor=2, keep=1), Whole.rows(1, 3), id="shorter than a block"),
+    ],
+)
+def test_lighthouse_is_its_description(core: Lighthouse, sequence: Whole) -> None:
+    q, k, v = tokens_of(sequence, heads=4, kv_heads=2)
+    ours, _ = core.core(q, k, v, visible(sequence), SCALE)
+    rows = []
+    for b, document in enumerate(sequence.document.tolist()):
+        rows.append(
+            torch.stack([by_entry(core, q[b, :, h], k[b, :, h // 2], v[b, :, h // 2], document) for h in range(4)], 1)
+        )
+    theirs = torch.stack(rows)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    seed = torch.randn_like(theirs)
+    found, wanted = (torch.autograd.grad((y * seed).sum(), [q, k, v]) for y in (ours, theirs))
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+def leak(core: Lighthouse, length: int, trials: int = 40) -> float:
+    """Share of the outputs before a token that change when that token does."""
+    sequence, changed = Whole.rows(1, length), 0.0
+    for trial in range(trials):
+        torch.manual_seed(trial)
+        q, k, v = tokens_of(sequence)
+        before, _ = core.core(q, k, v, visible(sequence), SCALE)
+        t = length // 2
+        with torch.no_grad():
+            q[:, t], k[:, t], v[:, t] = (torch.randn_like(x[:, t]) for x in (q, k, v))
+        after, _ = core.core(q, k, v, visible(sequence), SCALE)
+        changed += float((before - after)[:, :t].abs().amax((0, 2, 3)).gt(1e-12).double().mean())
+    return changed / trials
+
+
+def test_only_the_selection_leaks() -> None:
+    """Where everything is kept, nothing before a token feels it; where less is, the selection tells."""
+    assert leak(Lighthouse(levels=3, factor=2, keep=64), 64) == 0.0
+    assert 0.05 < leak(Lighthouse(levels=3, factor=2, keep=4), 64) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("reach", "lse"), [pytest.param(4, False, id="a window"), pytest.param(None, True, id="a softmax to be merged")]
+)
+def test_what_is_no_plain_attention_is_refused(reach: int | None, lse: bool) -> None:
+    sequence = Whole.rows(1, 8)
+    with pytest.raises(ValueError, match="choose another core"):
+        q, k, v = tokens_of(sequence)
+        Lighthouse().core(q, k, v, visible(sequence, reach), SCALE, lse=lse)
+
+
+@pytest.mark.parametrize("settings", [{"levels": 1}, {"factor": 1}, {"keep": 0}], ids=["levels", "factor", "keep"])
+def test_a_pyramid_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        Lighthouse(**settings)
+
+
+def test_padding_sees_nothing() -> None:
+    sequence = packed([[4], [9]])
+    q, k, v = tokens_of(sequence)
+    out, _ = Lighthouse(keep=1).core(q, k, v, visible(sequence), SCALE)
+    dense, _ = plain.core(q, k, v, visible(sequence), SCALE)
+    assert not out[0, 4:].any() and not dense[0, 4:].any()
