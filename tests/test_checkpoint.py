@@ -190,6 +190,24 @@ def test_a_save_waits_for_the_one_before_it(tmp_path: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("grace", "told"),
+    [
+        pytest.param(0.0, 1, id="longer than the grace"),
+        pytest.param(100.0, 0, id="within the grace"),
+        pytest.param(None, 0, id="no limit"),
+    ],
+)
+def test_a_save_too_long_for_the_launcher_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, grace: float | None, told: int
+) -> None:
+    checkpoints = Checkpoints(tmp_path, grace=grace)
+    for step in (1, 2):
+        checkpoints.save(step, state(1.0), wait=True)
+    assert caplog.text.count("a save asked for that way would be lost") == told
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(1.0), wait=True)

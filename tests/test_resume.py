@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,16 +167,18 @@ def test_ranks_share_one_stream_of_samples(world_size: int) -> None:
     assert digest(0, 1) != int(Loader(source, sequence_length=32).batch(13, 8).digest, 16)
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
 
 
-def spawn(folder: Path, arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+def spawn(folder: Path, arguments: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
     """As a user would, from a shell."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     with output.open("w") as file:
-        return subprocess.Popen(
-            arguments, cwd=folder, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+        return subprocess.Popen(arguments, cwd=folder, stdout=file, stderr=file, env=variables)
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -198,12 +201,10 @@ def test_the_command_itself_resumes(reference: Reference) -> None:
     assert_same_run(run, expected)
 
 
-def test_under_torchrun_a_killed_rank_ends_the_others(reference: Reference) -> None:
+def test_under_torchrun_a_killed_rank_ends_the_others_and_a_file_stops_them(reference: Reference) -> None:
     expected = reference(2, "adamw")
     folder, run, output = expected.parent, expected.parent / "torchrun", expected.parent / "torchrun.txt"
-    arguments = command(
-        "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "train", *BASE, "run.dir=torchrun"
-    )
+    arguments = command(*TORCHRUN, "-m", "train", *BASE, "run.dir=torchrun")
     agent = spawn(folder, arguments, output)
     wait_for_step(run, 6, agent)
     workers = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
@@ -216,5 +217,72 @@ def test_under_torchrun_a_killed_rank_ends_the_others(reference: Reference) -> N
     assert causes == ["failed: another rank ended and left this one waiting; its own log or the launcher's says why."]
     assert json.loads((run / "exit.json").read_text())["code"] == 1
 
-    assert spawn(folder, arguments, output).wait(120) == 0, output.read_text()
-    assert_same_run(run, expected)
+    agent = spawn(folder, arguments, output)
+    wait_for_step(run, steps_made(run) + 3, agent)
+    (run / "stop").touch()
+    assert agent.wait(60) == 1
+    assert json.loads((run / "exit.json").read_text()) == {
+        "code": 75,
+        "reason": "asked to stop by the file torchrun/stop",
+    }
+    runs.train(folder, [*BASE, "run.dir=torchrun"], 2)
+    assert runs.course(run) == runs.course(expected)
+    runs.assert_same_state(runs.state(run, STEPS), runs.state(expected, STEPS))
+
+
+SLOW_DISK = """
+import os, time
+from pathlib import Path
+fsync = os.fsync
+def slow(descriptor):
+    while Path("slow").exists():
+        time.sleep(0.05)
+    fsync(descriptor)
+os.fsync = slow
+"""
+
+
+def test_torchrun_asked_to_stop(reference: Reference) -> None:
+    """By SIGTERM to its agent, first while the disk is too slow for its grace."""
+    expected = reference(2, "adamw")
+    folder, run, output = expected.parent, expected.parent / "asked", expected.parent / "asked.txt"
+    (folder / "disk").mkdir()
+    (folder / "disk" / "sitecustomize.py").write_text(SLOW_DISK)
+    # an older torch, which does not know the second variable, waits for 30 s
+    variables = {"PYTHONPATH": f"{folder / 'disk'}:{ROOT}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    arguments = command(*TORCHRUN, "-m", "train", *BASE, "run.dir=asked")
+
+    def ask(slow: bool) -> dict[str, Any]:
+        before = steps_made(run)
+        agent = spawn(folder, arguments, output, **variables)
+        wait_for_step(run, before + 6, agent)
+        if slow:
+            (folder / "slow").touch()
+        agent.terminate()
+        assert agent.wait(60) == 1
+        (folder / "slow").unlink(missing_ok=True)
+        note: dict[str, Any] = json.loads((run / "exit.json").read_text())
+        return note
+
+    note = ask(slow=True)
+    killed_at = steps_made(run)
+    assert note == {
+        "code": 1,
+        "reason": f"killed while saving step {killed_at}: the same command resumes from the checkpoint before",
+    }
+    assert unfinished(run)
+    last_good = max(int(name[5:]) for name in runs.saved(run) if name.startswith("step_"))
+    assert 0 < last_good < killed_at
+
+    note = ask(slow=False)
+    assert starting_steps(run) == [0, last_good]
+    assert note == {"code": 75, "reason": "asked to stop by SIGTERM"}
+    assert runs.saved(run)[-1] == f"step_{steps_made(run):08d}"
+
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == starting_steps(run)
+    assert {start["archive"] for start in starts} == {path.name for path in run.glob("*.tar.gz")}
+
+    runs.train(folder, [*BASE, "run.dir=asked"], 2)
+    assert runs.course(run) == runs.course(expected)
+    runs.assert_same_state(runs.state(run, STEPS), runs.state(expected, STEPS))

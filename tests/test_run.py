@@ -31,15 +31,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_directory_holds_what_scripts_rely_on(place: Path) -> None:
     run = place / "done"
-    written = "checkpoints code.tar.gz config.yaml environment.json exit.json log.txt metrics.jsonl"
-    assert sorted(path.name for path in run.iterdir()) == [".lock", *written.split()]
+    environment = json.loads((run / "environment.json").read_text())
+    written = f"checkpoints {environment['archive']} config.yaml environment.json exit.json log.txt metrics.jsonl"
+    assert sorted(path.name for path in run.iterdir()) == [".lock", *written.split(), "starts.jsonl"]
     expected = read(compose([*TINY, "train.steps=8", "run.dir=done"]))
     assert read(yaml.safe_load((run / "config.yaml").read_text())) == expected
     assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
-    environment = json.loads((run / "environment.json").read_text())
     assert environment["layout"]["ranks"] == 1
     assert environment["packages"]["torch"] == torch.__version__
-    with tarfile.open(run / "code.tar.gz") as archive:
+    with tarfile.open(run / environment["archive"]) as archive:
         assert {"train/loop.py", "conf/train.yaml", "models/model.py"} <= set(archive.getnames())
 
 

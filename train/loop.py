@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data.loader import Loader
 from data.source import Source
-from train import meter
+from train import meter, rundir
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.engines.torch import Engine, Step
@@ -37,6 +38,7 @@ class Progress:
 class Run:
     """Everything a run holds while it trains."""
 
+    directory: Path
     config: Config
     ranks: Ranks
     engine: Engine
@@ -93,6 +95,9 @@ def train(run: Run) -> str | None:
                 run.progress.owes_validation = bool(validating and stopping and run.step < total)
                 if validating and not run.progress.owes_validation:
                     validate(run, stretch)
+                if stopping and run.ranks.first:  # what is left to read where the launcher does not wait for the save
+                    cut = f"killed while saving step {run.step}: the same command resumes from the checkpoint before"
+                    rundir.write_exit(run.directory, rundir.FAILED, cut)
                 if saving:
                     save(run, clock, wait=stopping or run.step == total)
                 if stopping:

@@ -26,11 +26,10 @@ from train.loop import Diverged, Progress, Run, train
 from train.metrics import Metrics
 from train.phases import stretches
 from train.ranks import Ranks
-from train.stop import StopRequest
+from train.rundir import DONE, FAILED, INTERRUPTED, REFUSED
+from train.stop import StopRequest, grace
 
 log = logging.getLogger(__name__)
-
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
 class Sources(NamedTuple):
@@ -118,15 +117,17 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         facts={**environment["layout"], "data": sources.train.fingerprint},
+        grace=grace(),
     )
     progress = _start_weights(config, engine, checkpoints, sources.train)
     metrics = None
     if ranks.first:
-        rundir.settle(directory, config, environment)
+        rundir.settle(directory, config, environment, progress.step)
         metrics = Metrics(directory, config, progress.step)
         held.callback(metrics.close)
         _introduce(config, engine, ranks, progress.step)
     return Run(
+        directory=directory,
         config=config,
         ranks=ranks,
         engine=engine,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -35,6 +37,9 @@ MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "tra
 same, wherever it lies, its fingerprint tells."""
 
 LOCK = ".lock"
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+"""Exit codes of a run: the last is for a run that was stopped after saving."""
 
 log = logging.getLogger(__name__)
 
@@ -119,22 +124,28 @@ def _so_far(values: dict[str, Any], step: int) -> dict[str, Any]:
     return {**values, "train": train}
 
 
-def settle(directory: Path, config: Config, environment: dict[str, Any]) -> None:
-    """Write down what the run is and where it runs, and tell what differs from before; rank 0 only."""
+def settle(directory: Path, config: Config, environment: dict[str, Any], step: int) -> None:
+    """Write down what the run is and where it runs, and tell what differs from before; rank 0 only.
+
+    environment.json is this start's; starts.jsonl has every start's, with the step it began at.
+    """
     (directory / "exit.json").unlink(missing_ok=True)
     (directory / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     earlier = directory / "environment.json"
     with contextlib.suppress(OSError, ValueError):
         _tell_differences(json.loads(earlier.read_text()), environment)
     write_whole(directory / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    environment = {**environment, "archive": _snapshot_code(directory)}
     write_whole(earlier, json.dumps(environment, indent=1))
-    _snapshot_code(directory / "code.tar.gz")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with (directory / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"time": now, "step": step, **environment}) + "\n")
 
 
 def write_exit(directory: Path, code: int, reason: str) -> None:
     """torchrun turns every worker's code into 1, so rank 0 leaves its own in exit.json."""
     with contextlib.suppress(OSError):  # a full disk has been told already
-        (directory / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
+        write_whole(directory / "exit.json", json.dumps({"code": code, "reason": reason}) + "\n")
 
 
 def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -186,7 +197,7 @@ def start_log(directory: Path, ranks: Ranks) -> None:
 def _tell_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = dict(_flat(before)), dict(_flat(now))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith("command"):
+        if old.get(key) != new.get(key) and not key.startswith(("command", "archive")):
             change = f"another {key}: {new.get(key)}, before {old.get(key)}"
             log.info("resumed with %s; losses may differ in the last digits", change)
 
@@ -223,13 +234,20 @@ def _revision() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changed.strip())}
 
 
-def _snapshot_code(file: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for package in PACKAGES:
-            for path in sorted((CODE / package).rglob("*")):
-                if path.suffix in (".py", ".yaml"):
-                    archive.add(path, str(path.relative_to(CODE)))
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(file)
+def _snapshot_code(directory: Path) -> str:
+    """Archive the code unless an earlier start had the same; returns the archive's name, which tells its content."""
+    files = [path for package in PACKAGES for path in sorted((CODE / package).rglob("*.*"))]
+    contents = {str(path.relative_to(CODE)): path.read_bytes() for path in files if path.suffix in (".py", ".yaml")}
+    digest = hashlib.blake2b(digest_size=4)
+    for name, content in contents.items():
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    file = directory / f"code_{digest.hexdigest()}.tar.gz"
+    if not file.exists():
+        aside = file.with_name(f".{file.name}.partial")
+        with tarfile.open(aside, mode="w:gz") as archive:
+            for name, content in contents.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        aside.replace(file)
+    return file.name

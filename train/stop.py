@@ -1,10 +1,28 @@
-"""Asked to stop: by SIGTERM, SIGUSR1, or a file named `stop` in the run directory; agreed by all ranks, each step."""
+"""Asked to stop: by SIGTERM, SIGUSR1, or a file named `stop` in the run directory; agreed by all ranks, each step.
+
+The rule for a launcher that does not wait for the save: torchrun kills its workers `grace` seconds after it passed a
+SIGTERM on. A save that is cut short is lost, but nothing else: it was written aside, so the same command goes on from
+the checkpoint before it, and exit.json says so (code 1), because that was written before the save and would have been
+replaced after it. A save that takes longer than the grace is told by name as soon as one was timed; a `stop` file, or
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT in torchrun's environment, gives it time.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
+
+TORCHRUN_GRACE = 30.0
+"""Seconds between SIGTERM and SIGKILL where torchrun is told nothing else."""
+
+
+def grace() -> float | None:
+    """Seconds that the launcher leaves to a process after SIGTERM; None where it sets no limit that we know."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TORCHRUN_GRACE))
 
 
 class StopRequest:

@@ -54,12 +54,18 @@ class Checkpoints:
 
     keep: how many of the newest stay. keep_every: those of steps that it divides stay too; None for none.
     facts: what each checkpoint's manifest tells of the run (rank count, versions); values that JSON has.
+    grace: seconds between a launcher's SIGTERM and its SIGKILL; a save that takes longer is told. None: no limit.
 
     What a killed run left unfinished is removed when this is made. Raises ValueError for a `keep` below 1.
     """
 
     def __init__(
-        self, folder: Path, keep: int = 3, keep_every: int | None = None, facts: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        keep: int = 3,
+        keep_every: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+        grace: float | None = None,
     ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep is {keep} and keep_every {keep_every}; give 1 or more")
@@ -67,6 +73,8 @@ class Checkpoints:
         self.keep = keep
         self.keep_every = keep_every
         self.facts = dict(facts or {})
+        self._grace = grace
+        self._rested = 0.0
         self._peers = Peers()
         self._staging = Staging()
         # planning is Python: at a low priority it would keep the lock from training, so only bytes are written slowly
@@ -157,7 +165,7 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], plain: memoryview) -> None:
         path = folders.path_of(self.folder, step)
         partial = folders.aside(path, folders.PARTIAL)
-        begun = time.monotonic()
+        begun, self._rested = time.monotonic(), 0.0
 
         def finish(shares: list[Written]) -> list[int]:
             files = {name: record for share in shares for name, record in share.files.items()}
@@ -181,7 +189,9 @@ class Checkpoints:
                 f"The checkpoint of step {step} was not written to {self.folder} ({reason}); the one before it"
                 " is kept: mend the cause and run the same command again."
             ) from error
-        self._log(logging.INFO, "checkpoint of step %d: %.3g GB in %.1f s", step, size / 1e9, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self._log(logging.INFO, "checkpoint of step %d: %.3g GB in %.1f s", step, size / 1e9, seconds)
+        self._tell_if_too_long(step, seconds - self._rested)
         if self._peers.rank == 0:
             try:
                 folders.prune(self.folder, self.keep, self.keep_every)
@@ -235,7 +245,23 @@ class Checkpoints:
 
     def _rest(self, seconds: float) -> None:
         """After so much work, leave the machine to training for `REST` times as long, unless somebody waits."""
+        begun = time.monotonic()
         self._hurry.wait(REST * seconds)
+        self._rested += time.monotonic() - begun
+
+    def _tell_if_too_long(self, step: int, seconds: float) -> None:
+        if self._grace is not None and seconds > self._grace:
+            self._log(
+                logging.WARNING,
+                "writing the checkpoint of step %d took %.0f s without its rests, but the launcher kills a process "
+                "%.0f s after SIGTERM, so a save asked for that way would be lost: ask with a `stop` file, "
+                "or start torchrun with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=%.0f.",
+                step,
+                seconds,
+                self._grace,
+                3 * seconds,
+            )
+            self._grace = None  # once is enough
 
     def _set_aside(self, bad: Mapping[Path, str]) -> None:
         for path, reason in bad.items():
