@@ -77,10 +77,14 @@ def write(parameter: nn.Parameter, values: Tensor) -> None:
         parameter.copy_(values)
 
 
-def set_gradient_sync(model: Model, sync: bool) -> None:
-    """Whether the next backward reduces gradients over ranks: only the last micro-batch of a step does."""
+def defer_replicas(model: Model, defer: bool) -> None:
+    """Whether the next backward leaves its gradients unsummed over replicas, as all but a step's last one may.
+
+    Every backward sums and cuts its gradients over the ranks that shard the model: until the last one, an uncut sum
+    would be as large as the whole model, on every rank. Where that fits, `parallel.replicate` saves the communication.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
+        model.set_requires_all_reduce(not defer)
 
 
 def total(values: Tensor, mesh: DeviceMesh) -> Tensor:

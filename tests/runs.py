@@ -135,7 +135,7 @@ def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
 
 def course(run: Path) -> list[tuple[Any, ...]]:
     """What must not depend on interruptions, step by step."""
-    keys = ("step", "tokens", "loss", "extra", "grad_norm", "lr", "batch", "load")
+    keys = ("step", "tokens", "loss", "extra", "grad_norm", "lr", "batch", "batch_tokens", "load")
     return [tuple(map(str, map(record.get, keys))) for record in records(run)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partialmethod
 from typing import Any
@@ -85,8 +86,9 @@ def _train(overrides: list[str]) -> Results:
     engine.optimizer.register_step_pre_hook(note_gradients)
     for step in range(STEPS):
         result = engine.step(data.batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu")))
-        for name, value in result._asdict().items():
-            results[f"step {step} {name}"] = value
+        for name in ("loss", "extra", "grad_norm"):
+            results[f"step {step} {name}"] = getattr(result, name)
+        results[f"step {step} loads"] = torch.stack(list(result.loads.values()))
     results |= everything(engine.model, engine.optimizer)
     results |= {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     evaluation = engine.evaluate(data.fixed(num_samples=6, batch_size=4))
@@ -142,6 +144,7 @@ def test_the_reference_shows_what_it_should(expected: list[Results]) -> None:
             ["train.recompute=full", "train.micro_batch=2", "parallel.reshard_after_forward=false"],
             id="2 ranks, recompute and accumulation",
         ),
+        pytest.param(4, ["parallel.replicate=2", "train.micro_batch=1"], id="2 replicas of 2 ranks, accumulation"),
     ],
 )
 def test_layouts_equal_one_process(
@@ -150,6 +153,32 @@ def test_layouts_equal_one_process(
     for of_rank in ranks(world_size, _train_both, overrides):
         for found, reference in zip(of_rank, expected, strict=True):
             assert_equal(found, reference)
+
+
+def _held_between_micro_batches(overrides: list[str]) -> tuple[int, int]:
+    """Bytes of this rank's gradients after the first of two micro-batches, and of all parameters whole."""
+    engine = Engine(read(compose([*BASE, "train.compute=fp64", *overrides])), this_rank())
+    held: list[int] = []
+
+    def measure(*_: object) -> None:
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+        held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+
+    engine.model.register_forward_pre_hook(measure)
+    engine.step(loader().batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
+    whole_bytes = sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters())
+    return held[1] - held[0], whole_bytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [pytest.param([], 0.7, id="sharded"), pytest.param(["parallel.replicate=2"], 1.2, id="replicated")],
+)
+def test_accumulated_gradients_are_cut_like_the_parameters(ranks: RunRanks, overrides: list[str], share: float) -> None:
+    """Router weights and other parameters declared fp32 stay whole."""
+    for held, whole_bytes in ranks(2, _held_between_micro_batches, ["train.micro_batch=2", *overrides]):
+        assert 0.4 * whole_bytes < held < share * whole_bytes
 
 
 def _train_compiled(overrides: list[str]) -> Results:

@@ -122,13 +122,13 @@ class Pending:
 
     def __post_init__(self) -> None:
         loss, extra, norm, loads = self.result
-        self.numbers = meter.OnHost((loss, extra, norm) if loads is None else (loss, extra, norm, loads))
+        self.numbers = meter.OnHost((loss, extra, norm, *loads.values()))
 
     def finish(self, run: Run) -> None:
         """Read the numbers and write them down. Raises Diverged where they are not finite."""
         numbers = self.numbers.read()
         loss, extra, norm = map(float, numbers[:3])
-        tokens = self.stretch.rows * self.stretch.sequence_length
+        batch_tokens = self.stretch.rows * self.stretch.sequence_length
         seconds = self.clock.seconds()
         record: dict[str, Any] = {
             "step": self.step,
@@ -136,7 +136,8 @@ class Pending:
             "loss": loss,
             "lr": self.rate,
             "grad_norm": norm,
-            "tokens_per_second": tokens / max(sum(seconds.values()), 1e-9),
+            "batch_tokens": batch_tokens,
+            "tokens_per_second": batch_tokens / max(sum(seconds.values()), 1e-9),
             "extra": extra,
             "batch": self.batch,
             **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -149,9 +150,8 @@ class Pending:
                 run.flops_per_token[length] = meter.training_flops_per_token(run.engine.model, length)
             rate = record["tokens_per_second"] / run.ranks.world_size
             record["mfu"] = rate * run.flops_per_token[length] / peak
-        for by_layer in numbers[3:]:
-            copies = by_layer.double()
-            record["load"] = (copies.amax(1) / copies.mean(1)).tolist()
+        if self.result.loads:
+            record["load"] = [float(load.max() / load.double().mean()) for load in numbers[3:]]
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)

@@ -14,7 +14,7 @@ from data.batch import Batch
 from models.linear import full_precision
 from models.model import Losses, Model, Scores
 from models.sequence import Whole
-from parallel.apply import apply, set_gradient_sync, sum_gradients, total
+from parallel.apply import apply, defer_replicas, sum_gradients, total
 from train import optimizer
 from train.config import Config
 from train.meter import Clock
@@ -27,13 +27,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 class Step(NamedTuple):
     """Scalars on the device, over the whole global batch. loss: cross-entropy alone, nats per scored token.
 
-    extra: auxiliary losses. loads: [layers with experts, E], token copies by expert, or None.
+    extra: auxiliary losses. loads: by layer with experts, [E] token copies by expert.
     """
 
     loss: Tensor
     extra: Tensor
     grad_norm: Tensor
-    loads: Tensor | None
+    loads: dict[int, Tensor]
 
 
 class Evaluation(NamedTuple):
@@ -82,7 +82,7 @@ class Engine:
         loads: dict[int, Tensor] = {}
         micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
         for i, micro in enumerate(micro_batches):
-            set_gradient_sync(self.model, i == len(micro_batches) - 1)
+            defer_replicas(self.model, i < len(micro_batches) - 1)
             losses = self.model(micro.ids, self._sequence(micro, known), micro.targets[0])
             assert isinstance(losses, Losses)
             (losses.cross_entropy / scored + losses.extra).backward()
@@ -99,17 +99,17 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         total(sums, self.mesh)
-        stacked = self._update_router_biases(loads)
+        loads = self._total_loads(loads)
+        self.model.update_router_biases([loads.get(layer) for layer in range(len(self.model.blocks))])
         clock.mark("optimizer")
-        return Step(sums[0] / scored, sums[1], norm, stacked)
+        return Step(sums[0] / scored, sums[1], norm, loads)
 
-    def _update_router_biases(self, loads: dict[int, Tensor]) -> Tensor | None:
-        by_layer: list[Tensor | None] = [None] * len(self.model.blocks)
-        for layer, load in loads.items():
-            by_layer[layer] = total(load, self.mesh)
-        self.model.update_router_biases(by_layer)
-        same_experts = len({load.shape for load in loads.values()}) == 1
-        return torch.stack(list(loads.values())) if same_experts else None
+    def _total_loads(self, loads: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Over the ranks, all layers in one go."""
+        if not loads:
+            return {}
+        parts = total(torch.cat(list(loads.values())), self.mesh).split([load.numel() for load in loads.values()])
+        return dict(zip(loads, parts, strict=True))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
