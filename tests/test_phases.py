@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import Refused, build
-from train.config import Phase, TrainSection
+from train.config import Phase, Ramp, TrainSection
 from train.phases import Stretch, stretches
 
 
-def section(steps: int, phases: list[Phase]) -> TrainSection:
-    return TrainSection(steps=steps, sequence_length=8, batch_tokens=32, phases=phases)
+def section(steps: int, phases: list[Phase], ramp: Ramp | None = None) -> TrainSection:
+    return TrainSection(steps=steps, sequence_length=8, batch_tokens=32, phases=phases, ramp=ramp)
 
 
 def at(table: list[Stretch], step: int) -> Stretch:
@@ -35,10 +35,17 @@ PHASES = st.lists(
     unique_by=lambda phase: phase.start,
 ).map(lambda phases: sorted(phases, key=lambda phase: phase.start))
 
+START = st.just(16)  # whole windows of every length, as is each batch that follows
+RAMPS = st.one_of(
+    st.none(),
+    st.builds(Ramp, batch_tokens=START, increment=START, steps=st.integers(1, 30)),
+    st.builds(Ramp, batch_tokens=START, increment=START, tokens=st.integers(1, 900)),
+)
 
-@given(steps=st.integers(1, 50), phases=PHASES)
-def test_a_table_covers_each_step_once_and_no_token_twice(steps: int, phases: list[Phase]) -> None:
-    table = stretches(section(steps, phases), 0.5)
+
+@given(steps=st.integers(1, 50), phases=PHASES, ramp=RAMPS)
+def test_a_table_covers_each_step_once_and_no_token_twice(steps: int, phases: list[Phase], ramp: Ramp | None) -> None:
+    table = stretches(section(steps, phases, ramp), 0.5)
     assert [step for stretch in table for step in range(stretch.start, stretch.stop)] == list(range(steps))
     for before, after in pairwise(table):
         skipped = after.first_sample * after.sequence_length - before.consumed(before.stop) * before.sequence_length
@@ -50,10 +57,12 @@ def test_a_table_covers_each_step_once_and_no_token_twice(steps: int, phases: li
             assert stretch.tokens_at(step + 1) - stretch.tokens_at(step) == stretch.rows * stretch.sequence_length
 
 
-@given(steps=st.integers(1, 50), phases=PHASES)
-def test_a_longer_run_or_a_later_phase_changes_nothing_before(steps: int, phases: list[Phase]) -> None:
-    table = stretches(section(steps, phases), 0.5)
-    longer = stretches(section(steps + 10, [*phases, Phase(start=steps + 45, batch_tokens=64)]), 0.5)
+@given(steps=st.integers(1, 50), phases=PHASES, ramp=RAMPS)
+def test_a_longer_run_or_a_later_phase_changes_nothing_before(
+    steps: int, phases: list[Phase], ramp: Ramp | None
+) -> None:
+    table = stretches(section(steps, phases, ramp), 0.5)
+    longer = stretches(section(steps + 10, [*phases, Phase(start=steps + 45, batch_tokens=64)], ramp), 0.5)
     for step in range(steps):
         one, other = at(table, step), at(longer, step)
         assert (one.consumed(step), one.tokens_at(step)) == (other.consumed(step), other.tokens_at(step))
@@ -83,6 +92,54 @@ def test_what_a_phase_leaves_out_stays() -> None:
         Stretch(start=5, stop=7, sequence_length=16, rows=4, learning_rate=0.25, first_sample=10, tokens=160),
         Stretch(start=7, stop=10, sequence_length=16, rows=4, learning_rate=0.0, first_sample=18, tokens=288),
     ]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "phases", "batches"),
+    [
+        pytest.param(Ramp(8, 8, steps=6), [], [8, 8, 16, 16, 24, 24, 32, 32], id="over steps"),
+        pytest.param(Ramp(8, 8, steps=5), [], [8, 8, 16, 16, 24, 32, 32, 32], id="over steps that do not divide"),
+        pytest.param(Ramp(8, 8, steps=1), [], [8, 32, 32, 32, 32, 32, 32, 32], id="more jumps than steps"),
+        pytest.param(Ramp(16, 8, tokens=80), [], [16, 16, 16, 24, 24, 32, 32, 32], id="over tokens"),
+        pytest.param(Ramp(8, 20, steps=4), [], None, id="broken windows"),
+        pytest.param(Ramp(8, 16, steps=4), [], [8, 8, 24, 24, 32, 32, 32, 32], id="a smaller last jump"),
+        pytest.param(Ramp(8, 8, steps=9), [], [8, 8, 8, 16, 16, 16, 24, 24], id="longer than the run"),
+        pytest.param(
+            Ramp(8, 8, steps=6), [Phase(3, batch_tokens=16)], [8, 8, 16, 16, 16, 16, 16, 16], id="a smaller phase"
+        ),
+        pytest.param(
+            Ramp(8, 8, steps=6), [Phase(3, batch_tokens=64)], [8, 8, 16, 16, 24, 24, 64, 64], id="a larger phase"
+        ),
+        pytest.param(
+            Ramp(16, 16, steps=4),
+            [Phase(1, sequence_length=16, learning_rate=1.0)],
+            [16, 16, 16, 16, 32, 32, 32, 32],
+            id="longer windows",
+        ),
+    ],
+)
+def test_a_ramp(ramp: Ramp, phases: list[Phase], batches: list[int] | None) -> None:
+    if batches is None:
+        with pytest.raises(Refused, match=r"batch_tokens \(28\) is not a multiple .* from step 2 on"):
+            stretches(section(8, phases, ramp), 0.5)
+        return
+    table = stretches(section(8, phases, ramp), 0.5)
+    assert [at(table, step).rows * at(table, step).sequence_length for step in range(8)] == batches
+    assert [at(table, step).tokens_at(step) for step in range(8)] == [sum(batches[:step]) for step in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "sentence"),
+    [
+        pytest.param({"batch_tokens": 8, "increment": 8}, "either steps or tokens", id="over nothing"),
+        pytest.param({"batch_tokens": 8, "increment": 8, "steps": 1, "tokens": 1}, "either", id="over both"),
+        pytest.param({"batch_tokens": 32, "increment": 8, "steps": 3}, r"must be below batch_tokens", id="no growth"),
+        pytest.param({"batch_tokens": 8, "increment": 0, "steps": 3}, r"increment \(0\)", id="no increment"),
+    ],
+)
+def test_impossible_ramps_are_refused(ramp: dict[str, int], sentence: str) -> None:
+    with pytest.raises(Refused, match=sentence):
+        build(TrainSection, {"steps": 10, "sequence_length": 8, "batch_tokens": 32, "ramp": ramp}, "train")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from tests.runs import TINY
 ROOT = Path(__file__).parents[1]
 STEPS = 32
 PHASES = "train.phases=[{start: 9, sequence_length: 16}, {start: 17, batch_tokens: 128, learning_rate: 1e-3}]"
-BASE = [*TINY, f"train.steps={STEPS}", PHASES]
+RAMP = "train.ramp={batch_tokens: 16, increment: 16, steps: 8}"
+BASE = [*TINY, f"train.steps={STEPS}", PHASES, RAMP]
 OPTIMIZERS = {"adamw": ["optimizer=adamw"], "muon": ["optimizer=muon"]}
 
 Reference = Callable[[int, str], Path]

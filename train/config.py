@@ -52,6 +52,25 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """The batch starts with `batch_tokens` and grows by `increment` tokens at a time, at even distances over the first
+    `steps` steps or `tokens` tokens (one of the two), to train.batch_tokens. Within it no phase has a larger batch."""
+
+    batch_tokens: int
+    increment: int
+    steps: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens, over which the batch grows")
+        for name in ("batch_tokens", "increment", "steps", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """batch_tokens: tokens of one step over all ranks. micro_batch: rows of one forward of one rank.
 
@@ -72,6 +91,7 @@ class TrainSection:
     core: Literal["plain", "blockwise", "fused"] = "blockwise"
     init: str | None = None
     phases: list[Phase] = field(default_factory=list)
+    ramp: Ramp | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "batch_tokens", "micro_batch"):
@@ -82,6 +102,11 @@ class TrainSection:
         if self.compile and self.compute == "fp32":
             raise ValueError(
                 "compile needs compute: bf16, because PyTorch compiles the experts' grouped GEMM in no other"
+            )
+        if self.ramp is not None and self.ramp.batch_tokens >= self.batch_tokens:
+            raise ValueError(
+                f"ramp.batch_tokens ({self.ramp.batch_tokens}) must be below batch_tokens ({self.batch_tokens}), "
+                "to which it grows"
             )
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):

@@ -33,23 +33,44 @@ class Stretch:
 
 
 def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
-    """The run, cut at its phase borders. Raises Refused where a batch does not hold whole windows."""
-    starts = [phase.start for phase in train.phases if phase.start < train.steps]
-    stops = [*starts, train.steps]
-    length, batch_tokens, tokens, table = train.sequence_length, train.batch_tokens, 0, []
-    for index, (start, stop) in enumerate(zip([0, *starts], stops, strict=True)):
-        if index:
-            phase = train.phases[index - 1]
+    """The run, cut at its phase borders and wherever a ramp lets the batch grow.
+
+    Raises Refused where a batch does not hold whole windows.
+    """
+    starts = [phase.start for phase in train.phases]
+    length, planned, tokens, table = train.sequence_length, train.batch_tokens, 0, []
+    for phase, step, stop in zip([None, *train.phases], [0, *starts], [*starts, train.steps], strict=True):
+        if phase is not None:
             length = phase.sequence_length or length
-            batch_tokens = phase.batch_tokens or batch_tokens
+            planned = phase.batch_tokens or planned
             learning_rate = learning_rate if phase.learning_rate is None else phase.learning_rate
-        if batch_tokens % length:
-            raise Refused(
-                f"batch_tokens ({batch_tokens}) is not a multiple of sequence_length ({length}) from step {start} on; "
-                f"take {max(1, round(batch_tokens / length)) * length}."
-            )
-        # a window of the new length starts at the next whole window: nothing is repeated across the border
-        rows, first = batch_tokens // length, -(-tokens // length)
-        table.append(Stretch(start, stop, length, rows, learning_rate, first, tokens))
-        tokens = table[-1].tokens_at(stop)
+        while step < min(stop, train.steps):
+            batch_tokens, until = _held(train, planned, step, tokens)
+            if batch_tokens % length:
+                raise Refused(
+                    f"batch_tokens ({batch_tokens}) is not a multiple of sequence_length ({length}) from step {step} "
+                    f"on; take {max(1, round(batch_tokens / length)) * length}."
+                )
+            # a window of the new length starts at the next whole window: nothing is repeated across the border
+            rows, first = batch_tokens // length, -(-tokens // length)
+            table.append(Stretch(step, min(until, stop, train.steps), length, rows, learning_rate, first, tokens))
+            step = table[-1].stop
+            tokens = table[-1].tokens_at(step)
     return table
+
+
+def _held(train: TrainSection, planned: int, step: int, tokens: int) -> tuple[int, int]:
+    """The batch at `step`, before which `tokens` were consumed: `planned`, or less within the ramp; and to which step
+    it stays."""
+    ramp = train.ramp
+    if ramp is None:
+        return planned, train.steps
+    done, over = (step, ramp.steps) if ramp.steps is not None else (tokens, ramp.tokens)
+    assert over is not None
+    if done >= over:
+        return planned, train.steps
+    jumps = -(-(train.batch_tokens - ramp.batch_tokens) // ramp.increment)
+    made = done * jumps // over
+    batch_tokens = min(planned, ramp.batch_tokens + made * ramp.increment)
+    left = -(-(made + 1) * over // jumps) - done  # until the next jump, in steps or tokens
+    return batch_tokens, step + (left if ramp.steps is not None else -(-left // batch_tokens))

@@ -94,7 +94,7 @@ def _open(config: Config, ranks: Ranks) -> Sources:
         if stretch.rows % ranks.world_size:
             raise Refused(
                 f"a step has {stretch.rows} windows, which {ranks.world_size} ranks cannot share evenly; "
-                "change train.batch_tokens or the number of ranks."
+                f"change the batch from step {stretch.start} on, or the number of ranks."
             )
         for source in filter(None, sources):
             Loader(source, sequence_length=stretch.sequence_length)

@@ -111,8 +111,9 @@ def _unequal(arms: list[Arm]) -> Iterator[str]:
     if len(set(tokens.values())) > 1:
         told = ", ".join(f"{key} {value:,}" for key, value in tokens.items())
         yield f"Unequal budgets: the last losses do not compare, because the runs have seen different tokens: {told}."
-    if _differ([(r.config.train.batch_tokens, r.config.train.sequence_length, r.config.train.phases) for r in records]):
-        yield "Unequal batches: sequence length, batch or phases differ between arms."
+    trains = [record.config.train for record in records]
+    if _differ([(train.batch_tokens, train.sequence_length, train.phases, train.ramp) for train in trains]):
+        yield "Unequal batches: sequence length, batch, ramp or phases differ between arms."
     if _differ([r.config.data.train for r in records]):
         yield "Different training data: data.train differs between arms."
     elif other := _other_batches(records):
@@ -165,7 +166,7 @@ def _other_batches(records: list[Record]) -> tuple[Record, Record, int] | None:
     first: dict[tuple[Any, ...], Record] = {}
     for record in records:
         train, layout = record.config.train, record.environment.get("layout", {})
-        batches = (train.sequence_length, train.batch_tokens, str(train.phases))
+        batches = (train.sequence_length, train.batch_tokens, str(train.phases), str(train.ramp))
         key = (record.config.data.seed, *batches, layout.get("ranks"))
         if (twin := first.setdefault(key, record)) is record:
             continue
