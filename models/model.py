@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from conf.schema import Refused
 from models import loss, mechanism, norm
@@ -56,15 +55,13 @@ class Model(nn.Module):
     """Built on the current default device, uninitialised; `initialise` fills it.
 
     compute_dtype: of activations and matrix products. Parameters keep their own dtype, and those declared fp32 are
-    computed in it whatever this says. `recompute`, an attribute: keep each block's input only and run its forward again
-    in the backward (arXiv 1604.06174).
+    computed in it whatever this says.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
-        self.recompute = False
         residual = mechanism.config_of("residual", config.residual, "model.residual")
         self.embedding = Embedding(config.vocab, config.width)
         self.ends = residual.ends(config.width)
@@ -117,11 +114,7 @@ class Model(nn.Module):
         stream = self.enter(ids)
         reports = []
         for layer, block in enumerate(self.blocks):
-            here = sequence.at(layer)
-            if self.recompute and torch.is_grad_enabled():
-                stream, report = checkpoint(block, stream, here, use_reentrant=False, preserve_rng_state=False)
-            else:
-                stream, report = block(stream, here)
+            stream, report = block(stream, sequence.at(layer))
             reports.append(report)
         hidden = self.norm(self.ends.leave(stream.residual))
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -13,13 +13,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.model import Model
 from models.parameter import named_specs
+from parallel.recompute import Recompute, recompute
 
 
 def apply(
-    model: Model, mesh: DeviceMesh, *, recompute: bool, compile_blocks: bool, reshard_after_forward: bool, seed: int
+    model: Model,
+    mesh: DeviceMesh,
+    *,
+    recomputed: Recompute,
+    compile_blocks: bool,
+    reshard_after_forward: bool,
+    seed: int,
 ) -> Model:
     """Returns the same model: sharded over `mesh`, on its device, initialised from `seed` whatever the layout."""
-    model.recompute = recompute
+    recompute(model, recomputed)
     if compile_blocks:
         # all blocks share one code object: each scheme, and each kind of packing, is a graph of its own
         torch._dynamo.config.recompile_limit = 64

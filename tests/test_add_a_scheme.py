@@ -110,7 +110,7 @@ sys.exit(pytest.main(["tests/test_properties.py", "-q", "-p", "no:cacheprovider"
 
 def add(folder: Path, model_file: str) -> None:
     """A copy of the tree in `folder`, and the three additions."""
-    for part in ("conf", "models", "tests"):
+    for part in ("conf", "models", "parallel", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "models/attention/shift.py").write_text(model_file)

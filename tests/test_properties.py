@@ -23,6 +23,7 @@ from models.loss import IGNORE
 from models.model import Losses, Model
 from models.parameter import ROLES, named_specs
 from models.sequence import Whole
+from parallel.recompute import recompute
 from tests.schemes import ROWS, VOCAB, Plan, Row, gqa, hca, layer, mla, packed, tokens
 from tests.sharded import Form, in_shards
 from tests.watch import Watch
@@ -388,7 +389,7 @@ def test_recomputed_is_kept(row: Row) -> None:
     ids = tokens(*sequence.position.shape)
     kept = losses_of(model, ids, sequence, targets_of(ids, sequence))
     expected = gradients(model, kept.cross_entropy + kept.extra)
-    model.recompute = True
+    recompute(model, "full")
     again = losses_of(model, ids, sequence, targets_of(ids, sequence))
     close_gradients(gradients(model, again.cross_entropy + again.extra), expected, 0.0)
 

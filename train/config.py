@@ -75,8 +75,9 @@ class TrainSection:
     """batch_tokens: tokens of one step over all ranks. micro_batch: rows of one forward of one rank.
 
     compute: dtype of activations and matrix products; parameters and optimizer state are fp32, or fp64 with fp64, which
-    is for comparing layouts. clip: gradient norm, null for none. init: a checkpoint or run whose weights (alone) this
-    run starts from. core: the softmax core.
+    is for comparing layouts. recompute: what the backward computes again (parallel/recompute.py); a number is the share
+    of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint or run whose
+    weights (alone) this run starts from. core: the softmax core.
     """
 
     steps: int
@@ -86,7 +87,7 @@ class TrainSection:
     seed: int = 0
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
     clip: float | None = 1.0
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "full", "attention", "feedforward", "experts"] | float = "none"
     compile: bool = False
     core: Literal["plain", "blockwise", "fused"] = "blockwise"
     init: str | None = None
@@ -108,6 +109,13 @@ class TrainSection:
                 f"ramp.batch_tokens ({self.ramp.batch_tokens}) must be below batch_tokens ({self.batch_tokens}), "
                 "to which it grows"
             )
+        if isinstance(self.recompute, float):
+            if not 0 < self.recompute < 1:
+                raise ValueError(f"recompute ({self.recompute}) is a share of memory: a number between 0 and 1")
+            if not self.compile:
+                raise ValueError(
+                    "recompute by a share of memory needs compile: true; else name what: full, attention, …"
+                )
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must start at increasing steps, not at {starts}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.linear import Linear, full_precision
 from models.parameter import Module
+from models.selection import selected
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Router(Module):
         """x: [N, D]."""
         logits = self.logits(x)
         affinity = logits.softmax(-1) if self.config.affinity == "softmax" else logits.sigmoid()
-        experts = self._select(affinity.detach())
+        experts = selected(self._select(affinity.detach()))
         weights = affinity.gather(1, experts)
         if self.config.normalise:
             # the epsilon of DeepSeek's code; it vanishes beside a softmax

@@ -63,7 +63,7 @@ class Engine:
         self.model = apply(
             model,
             self.mesh,
-            recompute=train.recompute == "full",
+            recomputed=train.recompute,
             compile_blocks=train.compile,
             reshard_after_forward=config.parallel.reshard_after_forward,
             seed=train.seed,
