@@ -46,7 +46,7 @@ def recompute(model: Model, what: Recompute) -> None:
     if units and not found:
         raise Refused(f"train.recompute is {what}, but the model has none; choose full or none.")
     for module in found:
-        module.forward = MethodType(functools.partial(_recomputed, otherwise), module)  # type: ignore[method-assign]
+        module.forward = MethodType(functools.partial(_recomputed, otherwise), module)
 
 
 def _recomputed(otherwise: CheckpointPolicy, module: nn.Module, *inputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 import tarfile
@@ -54,6 +55,40 @@ def test_metrics_have_each_step_once_and_whole(place: Path) -> None:
     assert len({record["batch"] for record in records}) == 8
     assert [record["step"] for record in runs.records(place / "done", "val_bpb")] == [6, 8]
     assert [record["step"] for record in runs.records(place / "done", "seconds_save")] == [4, 8]
+
+
+def test_a_run_that_is_looked_into_is_the_same(place: Path) -> None:
+    arguments = [*TINY, "train.steps=8", "log.statistics=3", "train.profile={start: 2, stop: 3}", "run.dir=seen"]
+    runs.train(place, arguments)
+    run = place / "seen"
+    assert runs.course(run) == runs.course(place / "done")
+    runs.assert_same_state(runs.state(run, 8), runs.state(place / "done", 8))
+
+    lines = [json.loads(line) for line in (run / "statistics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert lines[0]["parameters"]["embedding.weight"].keys() == {"rms", "max", "grad_rms", "update_rms"}
+    assert lines[0].keys() == {"step", "parameters", "activations", "experts"}
+    with (run / "statistics.jsonl").open("a") as file:
+        file.write('{"step": 9}\n{"step"')  # of a run that was killed before it saved that step
+    runs.train(place, arguments)
+    assert [json.loads(line) for line in (run / "statistics.jsonl").read_text().splitlines()] == lines
+
+    assert sorted(path.name for path in (run / "profile").iterdir()) == [
+        "steps_2_to_3_rank_0.json.gz",
+        "steps_2_to_3_rank_0.txt",
+    ]
+    with gzip.open(run / "profile" / "steps_2_to_3_rank_0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::mm", "aten::embedding"} <= names
+    assert "Self CPU" in (run / "profile" / "steps_2_to_3_rank_0.txt").read_text()
+
+
+def test_validation_tells_the_loss_by_position(place: Path) -> None:
+    for record in runs.records(place / "done", "val_loss"):
+        by_position = record["val_position"]
+        assert by_position["edges"] == [0, 1, 2, 4, 8]
+        assert len(by_position["loss"]) == 4
+        assert min(by_position["loss"]) < record["val_loss"] < max(by_position["loss"])
 
 
 def test_a_finished_run_started_again_does_nothing_more(place: Path) -> None:

@@ -71,6 +71,20 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Steps `start` to `stop`, both included, are recorded: a trace and a table in the run directory's `profile`.
+    all_ranks: of every rank, not of the first alone."""
+
+    start: int
+    stop: int
+    all_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start <= self.stop:
+            raise ValueError(f"start ({self.start}) must be at least 1, and stop ({self.stop}) not before it")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """batch_tokens: tokens of one step over all ranks. micro_batch: rows of one forward of one rank.
 
@@ -93,6 +107,7 @@ class TrainSection:
     init: str | None = None
     phases: list[Phase] = field(default_factory=list)
     ramp: Ramp | None = None
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "batch_tokens", "micro_batch"):
@@ -152,13 +167,15 @@ class EvaluateSection:
 
 @dataclass(frozen=True)
 class LogSection:
-    """every: steps between two lines of progress; metrics.jsonl has every step."""
+    """every: steps between two lines of progress; metrics.jsonl has every step. statistics: steps between two lines of
+    statistics.jsonl, 0 for none."""
 
     every: int = 1
+    statistics: int = 0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every ({self.every}) must be at least 1")
+        if self.every < 1 or self.statistics < 0:
+            raise ValueError(f"every ({self.every}) must be at least 1, and statistics ({self.statistics}) at least 0")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from typing import Any
 
 from data.loader import Loader
 from data.source import Source
-from train import meter, rundir
+from train import meter, rundir, statistics
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.engines.torch import Engine, Step
 from train.metrics import Metrics
 from train.phases import Stretch, stretches
+from train.profiler import Profiler
 from train.ranks import Ranks
+from train.statistics import Watch
 from train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Run:
     stop: StopRequest
     metrics: Metrics | None
     learning_rate: float
+    profiler: Profiler
     progress: Progress = field(default_factory=Progress)
     flops_per_token: dict[int, float] = field(default_factory=dict)
 
@@ -72,18 +75,22 @@ def train(run: Run) -> str | None:
             continue
         with _loader(run, stretch).stream(stretch.consumed(run.step), stretch.rows) as batches:
             while run.step < stretch.stop:
+                run.profiler.before(run.step + 1)
                 clock = meter.Clock(run.ranks.device)
                 batch = next(batches)
                 clock.mark("data")
                 rate = stretch.learning_rate * config.schedule.rate(run.step, total)
-                result = run.engine.step(batch, rate, clock)
+                watching = config.log.statistics and (run.step + 1) % config.log.statistics == 0
+                watch = run.engine.watch() if watching else None
+                result = run.engine.step(batch, rate, clock, watch)
                 run.progress.step += 1
+                run.profiler.after(run.step)
 
                 # the step before is read now that this one is under way, so that the device never waits for the host
                 if pending is not None:
                     pending.finish(run)
                 asked, digest = run.ranks.total(run.stop.asked(), int(batch.digest, 16))
-                pending = Pending(run.step, stretch, f"{digest:016x}", rate, result, clock)
+                pending = Pending(run.step, stretch, f"{digest:016x}", rate, result, clock, watch)
 
                 stopping = asked > 0
                 saving = stopping or run.step % config.checkpoint.every == 0 or run.step == total
@@ -118,11 +125,15 @@ class Pending:
     rate: float
     result: Step
     clock: meter.Clock
+    watch: Watch | None
     numbers: meter.OnHost = field(init=False)
+    statistics: meter.OnHost | None = None
 
     def __post_init__(self) -> None:
         loss, extra, norm, loads = self.result
         self.numbers = meter.OnHost((loss, extra, norm, *loads.values()))
+        if self.watch is not None:
+            self.statistics = meter.OnHost((self.watch.table,))
 
     def finish(self, run: Run) -> None:
         """Read the numbers and write them down. Raises Diverged where they are not finite."""
@@ -155,6 +166,10 @@ class Pending:
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)
+            if self.watch is not None and self.statistics is not None:
+                loads = dict(zip(self.result.loads, numbers[3:], strict=True))
+                (table,) = self.statistics.read()
+                statistics.write(run.directory, self.watch.line(self.step, table, loads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             first = self.stretch.consumed(self.step - 1)
             raise Diverged(
@@ -165,7 +180,7 @@ class Pending:
 
 
 def save(run: Run, clock: meter.Clock, *, wait: bool) -> None:
-    """Checkpoint this step; waits for the copy to the host alone, unless told to. Raises Diverged."""
+    """Checkpoint this step; waits for nothing, unless told to: the next update waits for the copy. Raises Diverged."""
     if not run.engine.is_finite():
         raise Diverged(
             f"the update of step {run.step} left weights or optimizer state that are not finite, so it is not saved; "
@@ -194,11 +209,11 @@ def validate(run: Run, stretch: Stretch) -> None:
     record: dict[str, Any] = {"step": run.step, "val_loss": result.loss, "val_accuracy": result.accuracy}
     if source.bytes_per_token:
         record["val_bpb"] = result.loss / math.log(2) / source.bytes_per_token
+    told = "  ".join(f"{key[4:]} {value:.4f}" for key, value in record.items() if key != "step")
+    record["val_position"] = {"edges": result.edges, "loss": result.loss_by_position}
     if run.metrics is not None:
         run.metrics.write(record)
-    log.info(
-        "step %d  validation  %s", run.step, "  ".join(f"{k[4:]} {v:.4f}" for k, v in record.items() if k != "step")
-    )
+    log.info("step %d  validation  %s", run.step, told)
 
 
 def _loader(run: Run, stretch: Stretch) -> Loader:

@@ -25,7 +25,7 @@ class Metrics:
     def __init__(self, directory: Path, config: Config, first_step: int) -> None:
         self.path = directory / "metrics.jsonl"
         self.total, self.every = config.train.steps, config.log.every
-        _drop_from(self.path, first_step)
+        drop_after(self.path, first_step)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by `close`
         self.wandb = _start_wandb(directory, config)
 
@@ -67,7 +67,8 @@ class Metrics:
             self.wandb = None
 
 
-def _drop_from(path: Path, first_step: int) -> None:
+def drop_after(path: Path, first_step: int) -> None:
+    """Drop the lines of later steps, and broken ones, from a file of JSON lines."""
     if not path.exists():
         return
     kept = []

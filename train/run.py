@@ -17,14 +17,15 @@ from conf.schema import Refused
 from data.loader import Loader
 from data.source import Source
 from models import cost
-from train import optimizer, rundir
+from train import optimizer, rundir, statistics
 from train.checkpoint import Checkpoints, SaveFailed
 from train.config import Config
 from train.engines.torch import Engine
 from train.failure import tell
 from train.loop import Diverged, Progress, Run, train
-from train.metrics import Metrics
+from train.metrics import Metrics, drop_after
 from train.phases import stretches
+from train.profiler import Profiler
 from train.ranks import Ranks
 from train.rundir import DONE, FAILED, INTERRUPTED, REFUSED
 from train.stop import StopRequest, grace
@@ -123,9 +124,12 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
     metrics = None
     if ranks.first:
         rundir.settle(directory, config, environment, progress.step)
+        drop_after(directory / statistics.FILE, progress.step)
         metrics = Metrics(directory, config, progress.step)
         held.callback(metrics.close)
         _introduce(config, engine, ranks, progress.step)
+    profiler = Profiler(config.train.profile, directory, ranks)
+    held.callback(profiler.close)
     return Run(
         directory=directory,
         config=config,
@@ -137,6 +141,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         stop=stop,
         metrics=metrics,
         learning_rate=optimizer.read(config.optimizer).learning_rate,
+        profiler=profiler,
         progress=progress,
     )
 

@@ -31,7 +31,7 @@ from train.ranks import Ranks
 CODE = Path(__file__).parents[1]
 PACKAGES = ("train", "models", "parallel", "data", "launch", "conf")
 MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "train.steps", "train.micro_batch",
-              "train.recompute", "train.compile", "train.core", "train.init", "data.train.path",
+              "train.recompute", "train.compile", "train.core", "train.init", "train.profile", "data.train.path",
               "data.validation")  # fmt: skip
 """What may differ when a run is resumed: how it is run and for how long, not what it computes. Whether the data is the
 same, wherever it lies, its fingerprint tells."""

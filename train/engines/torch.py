@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from train.config import Config
 from train.meter import Clock
 from train.optimizer.shards import local
 from train.ranks import Ranks
+from train.statistics import Watch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -37,15 +38,21 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per scored token. accuracy: share of scored tokens with the highest logit. tokens: scored."""
+    """loss: nats per scored token. accuracy: share of scored tokens with the highest logit. tokens: scored.
+
+    loss_by_position: of the tokens at positions edges[i] to edges[i + 1] - 1 in their document's piece; None without
+    any.
+    """
 
     loss: float
     accuracy: float
     tokens: int
+    edges: list[int]
+    loss_by_position: list[float | None]
 
 
 class Engine:
-    """One model, one optimizer, all ranks."""
+    """One model, one optimizer, all ranks. before_update: called in each step before anything of the state changes."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         train = config.train
@@ -70,8 +77,13 @@ class Engine:
         )
         settings = optimizer.read(config.optimizer)
         self.optimizer = settings.build(self.model, self.model.parametrization())
+        self.before_update: Callable[[], None] = lambda: None
 
-    def step(self, batch: Batch, learning_rate: float, clock: Clock) -> Step:
+    def watch(self) -> Watch:
+        """For the statistics of the next step."""
+        return Watch(self.model, self.mesh)
+
+    def step(self, batch: Batch, learning_rate: float, clock: Clock, watch: Watch | None = None) -> Step:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
         device = self.ranks.device
         # filled on the device: copying them from the host would wait for the step before
@@ -93,10 +105,15 @@ class Engine:
         sum_gradients(self.model, self.mesh)
         clock.mark("compute")
         parameters = list(self.model.parameters())
+        if watch is not None:
+            watch.backward_done()
         clip = self.config.train.clip
         norm = optimizer.clip_gradients(parameters, float("inf") if clip is None else clip)
         optimizer.set_learning_rate(self.optimizer, learning_rate)
+        self.before_update()
         self.optimizer.step()
+        if watch is not None:
+            watch.updated()
         self.optimizer.zero_grad(set_to_none=True)
         total(sums, self.mesh)
         loads = self._total_loads(loads)
@@ -115,16 +132,23 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Over all ranks' shares of `batches`, of which each rank has as many."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        edges, by_position = [0], sums.new_zeros(2, 0)
         for batch in batches:
+            if len(edges) == 1:
+                edges = position_edges(batch.ids.shape[1])
+                by_position = sums.new_zeros(2, len(edges) - 1)
             for micro in _micro_batches(batch.to(self.ranks.device), self.config.train.micro_batch):
                 scores = self.model(micro.ids, self._sequence(micro, None), micro.targets[0], score=True)
                 assert isinstance(scores, Scores)
                 scored = micro.targets[0] >= 0
+                by_position += _by_position(scores.cross_entropy.double(), scored, micro.position, edges)
                 sums += torch.stack(
                     (scores.cross_entropy.double().sum(), (scores.hit & scored).sum().double(), scored.sum().double())
                 )
         loss, hits, tokens = total(sums, self.mesh).tolist()
-        return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens))
+        losses, counts = total(by_position, self.mesh).tolist()
+        shares = [share / count if count else None for share, count in zip(losses, counts, strict=True)]
+        return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens), edges, shares)
 
     def _sequence(self, batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
         sequence = Whole(batch.position, batch.document, single_document=batch.single_document, counts=counts)
@@ -152,6 +176,19 @@ class Engine:
     def load_weights(self, weights: dict[str, Any]) -> None:
         """The weights alone; the optimizer starts anew."""
         set_model_state_dict(self.model, weights)
+
+
+def position_edges(length: int) -> list[int]:
+    """0, 1, 2, 4, 8, … and `length`: where the stretches of positions begin of which the loss is told apart."""
+    return [0, *(2**power for power in range((length - 1).bit_length())), length]
+
+
+def _by_position(losses: Tensor, scored: Tensor, position: Tensor, edges: list[int]) -> Tensor:
+    """losses, scored, position: [B, S]. Returns [2, stretches]: sums of the scored losses, and how many they are."""
+    inner = torch.tensor(edges[1:-1], device=position.device)
+    stretch = torch.bucketize(position.flatten(), inner, right=True)
+    member = torch.nn.functional.one_hot(stretch, len(edges) - 1).to(losses.dtype)  # a product adds up in one order
+    return torch.stack((losses.flatten() * scored.flatten(), scored.flatten().to(losses.dtype))) @ member
 
 
 def _micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
