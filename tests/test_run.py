@@ -252,6 +252,20 @@ def test_a_validation_that_a_stop_put_off_is_made_up_for(place: Path) -> None:
     assert [record["step"] for record in runs.records(place / "put_off", "val_loss")] == list(range(1, 9))
 
 
+@pytest.mark.parametrize(
+    ("restarts", "code"), [pytest.param("1", 75, id="started again"), pytest.param("0", 0, id="started anew")]
+)
+def test_what_was_asked_to_stop_is_not_restarted_by_torchrun(
+    place: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, code: int
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.chdir(place)
+    (place / "again").mkdir(exist_ok=True)
+    (place / "again" / "exit.json").write_text('{"code": 75, "reason": "asked to stop by SIGTERM"}')
+    assert main([*TINY, "train.steps=2", "run.dir=again"]) == code
+    assert runs.saved(place / "again") == ([] if code else ["step_00000002"])
+
+
 def test_a_refusal_under_torchrun_leaves_its_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun returns 1 for it, and the file would tell of the start before."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

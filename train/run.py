@@ -45,6 +45,8 @@ def run(config: Config, ranks: Ranks) -> int:
     directory = Path(config.run.dir)
     with ExitStack() as held:
         sources = ranks.together(lambda: _open(config, ranks))
+        if _stays_stopped(directory, ranks):
+            return INTERRUPTED
         ranks.on_first(lambda: held.enter_context(rundir.locked(directory)))
         try:
             ranks.on_first(lambda: rundir.refuse_changes(directory, config))
@@ -67,6 +69,16 @@ def run(config: Config, ranks: Ranks) -> int:
         if ranks.first:
             rundir.write_exit(directory, code, reason)
         return code
+
+
+def _stays_stopped(directory: Path, ranks: Ranks) -> bool:
+    """With --max-restarts torchrun starts workers anew that ended because they were asked to; they end again at once.
+
+    Its first start of them removed what an earlier launch left in exit.json.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    (stopped,) = ranks.total(int(restarted and ranks.first and rundir.was_stopped(directory)))
+    return stopped > 0
 
 
 def _finish_saving(checkpoints: Checkpoints) -> None:

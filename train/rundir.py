@@ -148,6 +148,14 @@ def write_exit(directory: Path, code: int, reason: str) -> None:
         write_whole(directory / "exit.json", json.dumps({"code": code, "reason": reason}) + "\n")
 
 
+def was_stopped(directory: Path) -> bool:
+    """Whether exit.json says that the run was asked to stop, and saved."""
+    try:
+        return bool(json.loads((directory / "exit.json").read_text())["code"] == INTERRUPTED)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its configuration."""
     packages = ("torch", "numpy", "hydra-core", "datasets", "megatron-core", "triton", "flash-attn", "flash-attn-4")
