@@ -81,6 +81,7 @@ def _save(folder: Path, config: Config, steps: int) -> dict[str, Tensor]:
     train(run.model, run.optimizer, range(steps))
     expected = everything(run.model, run.optimizer)
     checkpoints.save(steps, run.state(PLAIN))
+    checkpoints.release()
     train(run.model, run.optimizer, range(steps, steps + 1))  # the save must not see this
     checkpoints.close()
     return expected

@@ -132,6 +132,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         facts={**environment["layout"], "data": sources.train.fingerprint},
         grace=grace(),
     )
+    engine.before_update = checkpoints.release
     progress = _start_weights(config, engine, checkpoints, sources.train)
     metrics = None
     if ranks.first:

@@ -1,4 +1,4 @@
-"""Checkpoints: written asynchronously, aside, with checksums, renamed into place; verified before anything is read.
+"""Checkpoints: copied and written in the background, aside, with checksums, renamed into place; verified when loaded.
 
     checkpoints/step_00000040/
         manifest.json    every other file's size and checksums, the step, facts of the run; checksummed itself

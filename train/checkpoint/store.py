@@ -90,16 +90,17 @@ class Checkpoints:
         self._staging.reserve(take_apart(state)[0])
 
     def save(self, step: int, state: Tree, wait: bool = False) -> None:
-        """Copy `state` and write the copy in the background, or before returning if `wait`.
+        """Copy `state` and write the copy, both in the background, or before returning if `wait`.
 
-        state: mappings of tensors, DTensors and plain values; what is not sharded is rank 0's. Waits for a save that is
-        still running. Raises SaveFailed if that one, or with `wait` this one, was not written.
+        state: mappings of tensors, DTensors and plain values; what is not sharded is rank 0's. No tensor may change
+        before `release`. Waits for a save that is still running. Raises SaveFailed if that one, or with `wait` this
+        one, was not written.
         """
         if self._writing is not None and not self.idle:
             self._log(logging.WARNING, "checkpoint of step %d waits for that of step %d", step, self._writing[0])
         self.wait()
         tensors, plain = take_apart(state)
-        staged = self._staging.copy(tensors)
+        staged = self._staging.begin(tensors)
         packed = io.BytesIO()
         torch.save(plain, packed)
         self._log(logging.INFO, "checkpoint of step %d: writing", step)
@@ -107,6 +108,10 @@ class Checkpoints:
         self._writing = step, self._thread.submit(self._write, step, staged, packed.getbuffer())
         if wait:
             self.wait()
+
+    def release(self) -> None:
+        """Let the state that was saved last change from now on. Not collective; quick where nothing is being copied."""
+        self._staging.release()
 
     @property
     def idle(self) -> bool:
@@ -128,6 +133,7 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._bytes.shutdown()
+            self._staging.close()
 
     def latest(self) -> Path | None:
         """The newest checkpoint, not verified; None if there is none."""
@@ -178,6 +184,7 @@ class Checkpoints:
             return [sum(record.size for record in files.values())] * len(shares)
 
         try:
+            self._staging.arrive()
             self._peers.first(lambda: partial.mkdir(parents=True))
             writer = TensorWriter(self._peers, tensors)
             size = self._peers.meet(lambda: self._bytes.submit(writer.write, partial, self._rest).result(), finish)
