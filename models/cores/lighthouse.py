@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from models.contract import NOTHING, Visibility
 from models.cores import blockwise
+from models.selection import selected
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Lighthouse:
         everything = torch.arange(levels[-1].document.shape[1], device=levels[-1].document.device)
         kept = [levels[-1].take(everything.expand_as(levels[-1].document))]
         for finer, parents in zip(levels[-2::-1], levels[:0:-1], strict=True):
-            best = torch.sort(parents.score, dim=-1, descending=True, stable=True).indices[:, : self.keep]
+            best = selected(torch.sort(parents.score, dim=-1, descending=True, stable=True).indices[:, : self.keep])
             children = best[..., None] * self.factor + torch.arange(self.factor, device=best.device)
             kept.append(finer.take(children.flatten(1)))
         return Kept(*(torch.cat(parts, 1) for parts in zip(*kept, strict=True)))
