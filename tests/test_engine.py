@@ -92,7 +92,12 @@ def _train(overrides: list[str]) -> Results:
     results |= everything(engine.model, engine.optimizer)
     results |= {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     evaluation = engine.evaluate(data.fixed(num_samples=6, batch_size=4))
-    return results | {f"evaluation {name}": torch.tensor(value) for name, value in evaluation._asdict().items()}
+    for name, value in evaluation._asdict().items():
+        numbers = (
+            [item or 0.0 for item in value] if isinstance(value, list) else value
+        )  # no loss where nothing is scored
+        results[f"evaluation {name}"] = torch.tensor(numbers)
+    return results
 
 
 def _train_both(overrides: list[str]) -> list[Results]:
