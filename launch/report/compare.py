@@ -20,6 +20,7 @@ OWN = (*SEEDS, "run.dir")
 """What may differ between two runs of one arm."""
 
 ABSENT = "—"
+NO_ENTROPY = "its held-out data cannot be read from here, so its unigram entropy is not known"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def compare(directories: Sequence[Path]) -> Comparison:
         settings = [(key, repr(value)) for key, value in flat(record.values) if key not in OWN]
         groups[tuple(sorted(settings))].append(record)
     arms = [
-        Arm(name, records, {q.key: _spread([q.of(record) for record in records]) for q in QUANTITIES})
+        Arm(name, records, {q.key: spread_of([q.of(record) for record in records]) for q in QUANTITIES})
         for name, records in zip(names(list(groups.values())), groups.values(), strict=True)
     ]
     entropies = {unigram_entropy(record) for arm in arms for record in arm.records}
@@ -128,6 +129,7 @@ def _unequal(arms: list[Arm]) -> Iterator[str]:
 
 
 def _unfinished(arms: list[Arm]) -> Iterator[str]:
+    problems: dict[str, list[str]] = defaultdict(list)
     for arm in arms:
         for record in arm.records:
             label = _label(arm, record)
@@ -139,9 +141,12 @@ def _unfinished(arms: list[Arm]) -> Iterator[str]:
                 step = record.validations[-1]["step"]
                 yield f"Validated earlier: the held-out numbers of {label} are of step {step}."
             for problem in record.problems:
-                yield f"{label}: {problem}."
+                problems[problem].append(label)
             if record.config.data.validation is not None and unigram_entropy(record) is None:
-                yield f"{label}: its held-out data cannot be read from here, so its unigram entropy is not known."
+                problems[NO_ENTROPY].append(label)
+    for problem, labels in problems.items():
+        everywhere = len(labels) == sum(len(arm.records) for arm in arms) > 1
+        yield f"{'every run' if everywhere else ', '.join(labels)}: {problem}."
 
 
 def _unsure(arms: list[Arm]) -> Iterator[str]:
@@ -200,7 +205,7 @@ def _differ(values: list[Any]) -> bool:
     return any(value != values[0] for value in values)
 
 
-def _spread(values: list[float | None]) -> Spread | None:
+def spread_of(values: list[float | None]) -> Spread | None:
     """Over the runs that know the value."""
     known = [float(value) for value in values if value is not None]
     if not known:
