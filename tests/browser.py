@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 PROGRAMS = ("chromium", "chromedriver")
 
@@ -22,6 +22,7 @@ QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage
 
 
 def is_here() -> bool:
+    """Whether both programs are installed."""
     return all(map(shutil.which, PROGRAMS))
 
 
@@ -60,6 +61,10 @@ class Browser:
 @contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
     """Its profile and everything else that it writes goes to `folder`."""
+    # here: every run of pytest asks `is_here`, and few open a page
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
     options = ChromeOptions()
     options.binary_location = shutil.which(PROGRAMS[0]) or ""
     for argument in (*QUIET, f"--user-data-dir={folder / 'profile'}"):
@@ -68,6 +73,9 @@ def browser(folder: Path) -> Iterator[Browser]:
     # with both programs named, Selenium looks for neither on the network
     driver = Chrome(options, Service(shutil.which(PROGRAMS[1])))
     try:
-        yield Browser(driver)
+        driver.get("about:blank")
+        opened = Browser(driver)
+        opened.requests(), opened.complaints()  # those of the page that it begins with
+        yield opened
     finally:
         driver.quit()
