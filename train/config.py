@@ -16,12 +16,15 @@ from train.schedule import Schedule
 @dataclass(frozen=True)
 class RunSection:
     """dir: the run directory; the same command with the same directory resumes. wandb: "online" falls back to
-    "offline" without a key. threads: CPU threads of one rank, null for torch's choice. deterministic: refuse operations
-    whose result depends on timing."""
+    "offline" without a key. project, group, tags: of the wandb run; the group is the experiment's name, or whatever
+    tells the runs of a sweep from others. threads: CPU threads of one rank, null for torch's choice. deterministic:
+    refuse operations whose result depends on timing."""
 
     dir: str
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "keyhole"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
     threads: int | None = None
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -16,8 +16,8 @@ from launch.report.quantities import QUANTITIES, unigram_entropy
 from launch.report.record import Record, read
 
 SEEDS = ("train.seed", "data.seed")
-OWN = (*SEEDS, "run.dir")
-"""What may differ between two runs of one arm."""
+OWN = (*SEEDS, "run.dir", "run.wandb", "run.project", "run.group", "run.tags")
+"""Beginnings of the settings that may differ between two runs of one arm."""
 
 ABSENT = "—"
 NO_ENTROPY = "its held-out data cannot be read from here, so its unigram entropy is not known"
@@ -60,7 +60,7 @@ def compare(directories: Sequence[Path]) -> Comparison:
     _refuse_twice(directories)
     groups: dict[tuple[tuple[str, str], ...], list[Record]] = defaultdict(list)
     for record in map(read, directories):
-        settings = [(key, repr(value)) for key, value in flat(record.values) if key not in OWN]
+        settings = [(key, repr(value)) for key, value in flat(record.values) if not key.startswith(OWN)]
         groups[tuple(sorted(settings))].append(record)
     arms = [
         Arm(name, records, {q.key: spread_of([q.of(record) for record in records]) for q in QUANTITIES})
@@ -95,7 +95,7 @@ def differences(arms: list[Arm]) -> dict[str, dict[str, Any]]:
     found = {}
     for key in dict.fromkeys(key for values in settings for key in values):
         row = [values.get(key, ABSENT) for values in settings]
-        if key not in OWN and any(value != row[0] for value in row):
+        if not key.startswith(OWN) and any(value != row[0] for value in row):
             found[key] = {arm.name: value for arm, value in zip(arms, row, strict=True)}
     return found
 
