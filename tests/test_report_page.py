@@ -39,12 +39,12 @@ ARMS = {
     "mha": ["attention.kv_heads=2"],
 }
 SKILL = {"gqa_0": 0.9, "gqa_1": 0.7, "mha": 0.5}
-LENGTHS, DEPTHS, PAIRS = (64, 128, 256), (0, 0.5, 1), (4, 8)
+LENGTHS, DEPTHS, PAIRS, HOPS = (64, 128, 256), (0, 0.5, 1), (4, 8), (0, 1, 2)
 CHANCE = 1 / 64
 
 
 def sources(skill: float) -> dict[str, Any]:
-    """Two corpora, needles by length and depth, recall by pairs with its null."""
+    """Two corpora, needles by length and depth, recall by pairs with its null, variables by hops."""
     found: dict[str, Any] = {
         name: {"loss": loss - skill, "bpb": (loss - skill) / math.log(2), "accuracy": skill, "tokens": 64}
         for name, loss in (("prose", 3.0), ("code", 2.0))
@@ -59,6 +59,9 @@ def sources(skill: float) -> dict[str, Any]:
         found[f"recall_{pairs}"] = {"loss": 1.0, "accuracy": skill - 0.01 * pairs, "tokens": 8, "facts": facts}
         null = {"loss": 4.2, "accuracy": CHANCE, "tokens": 8, "facts": {**facts, "null": True}}
         found[f"recall_{pairs}_null"] = null
+    for hops in HOPS:
+        facts = {"task": "variable_tracking", "hops": hops, "depth": None, "null": False, "chance": CHANCE}
+        found[f"hops_{hops}"] = {"loss": 1.0, "accuracy": skill - 0.2 * hops, "tokens": 8, "facts": facts}
     return found
 
 
@@ -117,7 +120,8 @@ def test_alternative_texts_say_what_is_seen(made: Content) -> None:
     assert len(set(words.values())) == len(PLOTS)
     assert "niah, keys 1: gqa 79% at 64, 72% at 128, 59% at 256; mha 49% at 64" in words["by_length.png"]
     assert "gqa 65% at 0, 70% at 0.5, 75% at 1" in words["by_depth.png"]
-    assert "recall: gqa 76% at 4, 72% at 8; mha 46% at 4, 42% at 8" in words["by_pairs.png"]
+    assert "recall: gqa 76% at 4, 72% at 8; gqa 2% on the null; mha 46% at 4, 42% at 8" in words["by_pairs.png"]
+    assert "variable_tracking: gqa 80% at 0, 60% at 1, 40% at 2" in words["by_hops.png"]
     assert "prose: gqa 2.200, mha 2.500; code: gqa 1.200, mha 1.500" in words["sources.png"]
     assert "gqa 4.000 in the first bin, 2.200 in the last" in words["position.png"]
 
@@ -134,6 +138,7 @@ def test_sources_are_grouped_over_seeds(made: Content) -> None:
     ("title", "row"),
     [
         pytest.param("Held-out texts", ["code: loss (nats/token)", "1.200 ± 0.141", "1.500"], id="corpus"),
+        pytest.param("Tasks: answers right", ["recall_4_null (the null, pairs 4)", *["1.6%"] * 3], id="null"),
         pytest.param("Tasks: answers right", ["recall_8 (pairs 8)", "1.6%", "72.0% ± 14.1%", "42.0%"], id="task"),
     ],
 )

@@ -29,8 +29,8 @@ class HeldOut:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the task: its facts without those that are none."""
-        return {fact: value for fact, value in self.facts.items() if fact not in ("task", "chance", "null")}
+        """Of the task: its facts without those that are none, or left to each window."""
+        return {k: v for k, v in self.facts.items() if k not in ("task", "chance", "null") and v is not None}
 
     @property
     def chance(self) -> float | None:

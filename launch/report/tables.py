@@ -72,7 +72,8 @@ def answers(comparison: Comparison) -> Table:
     body = []
     for name in dict.fromkeys(name for found in by_arm for name in found):
         first = next(found[name] for found in by_arm if name in found)
-        settings = ", ".join(f"{fact} {value}" for fact, value in first.settings.items())
+        said = (f"{fact} {value}" for fact, value in first.settings.items())
+        settings = ", ".join([*(["the null"] if first.is_null else []), *said])
         guess = UNKNOWN if first.chance is None else shown(first.chance, "percent")
         cells = [spread(found[name].accuracy if name in found else None, "percent") for found in by_arm]
         body.append([f"{name} ({settings})" if settings else name, guess, *cells])

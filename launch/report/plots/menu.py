@@ -27,6 +27,8 @@ PLOTS = (
          Against(("depth",), "depth (0: at the beginning)", doubling=False)),
     Plot("by_pairs.png", "Accuracy by number of pairs", GUESS, "a validation on a task with two numbers of pairs or "
          "keys, or more", Against(("pairs", "keys"), "pairs or keys in the window", doubling=True)),
+    Plot("by_hops.png", "Accuracy by hops", GUESS, "a validation on a task with two numbers of hops or more",
+         Against(("hops",), "hops to the value", doubling=False)),
     Plot("load.png", "Expert load", "The busiest expert's load ÷ the mean, over all layers, smoothed.",
          "a step of a model with experts", load.mean_over_layers),
     Plot("load_layers.png", "Expert load by layer", "The same layer by layer, as colour.",

@@ -29,7 +29,8 @@ class Against:
     doubling: bool
 
     def of(self, source: HeldOut) -> float | None:
-        return next((float(source.facts[fact]) for fact in self.facts if fact in source.facts), None)
+        """None where the source does not say, or leaves it to each window."""
+        return next((float(value) for fact in self.facts if (value := source.facts.get(fact)) is not None), None)
 
     def panel(self, source: HeldOut) -> str:
         """The task with its settings that neither lie on the axis nor are averaged over."""
@@ -68,6 +69,7 @@ class Against:
             null = self._curve([source for source in mine if source.is_null])
             if null is not None:
                 null.dots(axes, colour, hollow=True)
+                words.append(f"{arm.name} {null.mean.mean():.0%} on the null")
         chances = {source.chance for _, source in found if source.chance is not None}
         for chance in chances:
             axes.axhline(chance, color=ink.muted, linewidth=1, linestyle=(0, (4, 3)))
