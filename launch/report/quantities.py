@@ -130,8 +130,8 @@ QUANTITIES = (
              "bytes", lambda r: footprint(r.model).tails),
     Quantity("train_loss", "train loss", "nats/token", "cross-entropy, mean over the last twentieth of the steps",
              "loss", train_loss, NO_STEP),
-    Quantity("val_loss", "held-out loss", "nats/token", "cross-entropy of the last validation", "loss",
-             lambda r: _last(r, "val_loss"), NOT_VALIDATED),
+    Quantity("val_loss", "held-out loss", "nats/token", "cross-entropy of the last validation, on the first text, or "
+             "the first source where none is text", "loss", lambda r: _last(r, "val_loss"), NOT_VALIDATED),
     Quantity("val_bpb", "held-out bits/byte", "", "the same in bits per byte of text; only where data is text",
              "loss", lambda r: _last(r, "val_bpb"), "it takes a validation on text"),
     Quantity("entropy_ratio", "÷ unigram entropy", "", "held-out loss ÷ the entropy of the held-out token frequencies: "

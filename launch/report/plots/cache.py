@@ -7,7 +7,7 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from launch.report.compare import Arm, Comparison, Spread
 from launch.report.plots.canvas import Ink, short, styled
@@ -27,9 +27,7 @@ def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> s
     axes = figure.add_subplot()
     is_text = all(arm.quantities["val_bpb"] is not None for arm in comparison.arms)
     key, kind, unit = (
-        ("val_bpb", "loss", "held-out bits per byte")
-        if is_text
-        else ("val_accuracy", "percent", "held-out accuracy (share of scored tokens)")
+        ("val_bpb", "loss", "held-out bits per byte") if is_text else ("val_accuracy", "percent", "held-out accuracy")
     )
     points: list[tuple[Arm, str, Spread, Spread]] = []
     for arm, colour, _ in styled(comparison, ink):
@@ -44,6 +42,8 @@ def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> s
     axes.margins(y=0.25)
     axes.set_xlabel("decode cache: bytes for each further token (bf16, measured)")
     axes.set_ylabel(unit)
+    if not is_text:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _label_points(axes, ink, [(arm.name, colour, cache.mean, quality.mean) for arm, colour, cache, quality in points])
     words = [
         f"{arm.name} {spread(quality, kind)} at {cache.mean:,.5g} bytes a token" for arm, _, cache, quality in points
