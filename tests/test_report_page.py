@@ -21,7 +21,7 @@ from launch.report.compare import compare
 from launch.report.content import Content, content
 from launch.report.heldout import held_out
 from launch.report.plots import curves
-from launch.report.plots.canvas import spaced
+from launch.report.plots.canvas import draw, spaced
 from launch.report.plots.load import layer_map
 from launch.report.plots.menu import PLOTS
 from launch.report.record import Record, read
@@ -213,6 +213,14 @@ def test_the_load_by_layer_is_the_seeds_mean(plain: Path) -> None:
     loads = [[line["load"] for line in record.steps] for record in arm.records]
     assert found[0] == 16 * 64
     assert found[1] == pytest.approx(np.mean(loads, axis=0).T)
+
+
+def test_an_arm_without_a_validation_does_not_change_what_the_others_are_judged_by(plain: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(plain / "mha", tmp_path / "begun"))
+    (run / "metrics.jsonl").unlink()
+    quality = next(plot for plot in PLOTS if plot.file == "quality.png")
+    picture = draw(quality, compare([plain / "gqa_0", run]))
+    assert picture is not None and "Held-out bits per byte: gqa_0" in picture.alt
 
 
 @pytest.mark.parametrize(

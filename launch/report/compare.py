@@ -129,12 +129,13 @@ def _unequal(arms: list[Arm]) -> Iterator[str]:
 
 
 def _unfinished(arms: list[Arm]) -> Iterator[str]:
+    states: dict[str, list[str]] = defaultdict(list)
     problems: dict[str, list[str]] = defaultdict(list)
     for arm in arms:
         for record in arm.records:
             label = _label(arm, record)
             if not record.finished:
-                yield f"Not finished: {label} is {record.status}."
+                states[record.status].append(label)
             if record.steps and not record.validations:
                 yield f"Not validated: {label} has no held-out loss yet."
             elif record.validations and record.validations[-1]["step"] != record.last_step:
@@ -144,6 +145,8 @@ def _unfinished(arms: list[Arm]) -> Iterator[str]:
                 problems[problem].append(label)
             if record.config.data.validation is not None and unigram_entropy(record) is None:
                 problems[NO_ENTROPY].append(label)
+    for state, labels in states.items():
+        yield f"Not finished: {', '.join(labels)} {'is' if len(labels) == 1 else 'are'} {state}."
     for problem, labels in problems.items():
         everywhere = len(labels) == sum(len(arm.records) for arm in arms) > 1
         yield f"{'every run' if everywhere else ', '.join(labels)}: {problem}."

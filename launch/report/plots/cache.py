@@ -10,7 +10,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from launch.report.compare import Arm, Comparison, Spread
-from launch.report.plots.canvas import Ink, short, styled
+from launch.report.plots.canvas import MOST_NAMES, Ink, legend, short, styled
 from launch.report.show import spread
 
 SIDES = (
@@ -25,7 +25,8 @@ SIDES = (
 def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
     """Held-out bits per byte where all arms have text; else the accuracy, which a task without text is judged by."""
     axes = figure.add_subplot()
-    is_text = all(arm.quantities["val_bpb"] is not None for arm in comparison.arms)
+    validated = [arm for arm in comparison.arms if arm.quantities["val_accuracy"] is not None]
+    is_text = all(arm.quantities["val_bpb"] is not None for arm in validated)
     key, kind, unit = (
         ("val_bpb", "loss", "held-out bits per byte") if is_text else ("val_accuracy", "percent", "held-out accuracy")
     )
@@ -44,7 +45,12 @@ def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> s
     axes.set_ylabel(unit)
     if not is_text:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _label_points(axes, ink, [(arm.name, colour, cache.mean, quality.mean) for arm, colour, cache, quality in points])
+    if len(points) > MOST_NAMES:
+        legend(figure, [(arm.name, colour, dash) for arm, colour, dash in styled(comparison, ink)])
+    else:
+        _label_points(
+            axes, ink, [(arm.name, colour, cache.mean, quality.mean) for arm, colour, cache, quality in points]
+        )
     words = [
         f"{arm.name} {spread(quality, kind)} at {cache.mean:,.5g} bytes a token" for arm, _, cache, quality in points
     ]

@@ -42,7 +42,7 @@ def by_layer(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
     maps = [(arm, found) for arm in comparison.arms if (found := layer_map(arm)) is not None]
     if not maps:
         return None
-    rows = [max(0.55, 0.16 * len(loads)) for _, (_, loads) in maps]
+    rows = [max(0.4, 0.16 * len(loads)) for _, (_, loads) in maps]
     figure.set_size_inches(WIDTH, 1.1 + sum(rows) + 0.3 * len(rows))
     panels = figure.subplots(len(maps), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     # a first step far from even would leave the rest in one colour
@@ -55,6 +55,7 @@ def by_layer(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
         axes.set_title(short(arm.name), loc="left", fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     tokens_below(panels[-1])
+    panels[-1].set_xlim(0, max(end for _, (end, _) in maps))
     figure.supylabel("layer with experts, from the input", fontsize=9)
     assert image is not None
     figure.colorbar(image, ax=list(panels), label="busiest expert ÷ mean", extend="max", aspect=12)
