@@ -38,12 +38,16 @@ class RunSection:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run that starts at step `start` and lasts to the next one. What is null stays as it was."""
+    """A stretch of the run that starts at step `start` and lasts to the next one. What is null stays as it was.
+
+    mixture: the weights of all sources of data.train, by name; 0 for one that pauses.
+    """
 
     start: int
     sequence_length: int | None = None
     batch_tokens: int | None = None
     learning_rate: float | None = None
+    mixture: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("start", "sequence_length", "batch_tokens"):
@@ -146,6 +150,11 @@ class Config:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
     engine: Literal["torch"] = "torch"
+
+    def __post_init__(self) -> None:
+        for index, phase in enumerate(self.train.phases):
+            if phase.mixture is not None:
+                self.data.check_weights(phase.mixture, f"train.phases[{index}].mixture")
 
 
 def read(values: Mapping[str, Any]) -> Config:

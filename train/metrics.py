@@ -71,4 +71,6 @@ def _drop_from(path: Path, first_step: int) -> None:
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN; a reader of strict JSON must not choke on the line that matters most."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ not say. Nothing here knows an attention scheme.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from conf.schema import Refused
-from data.config import source_config
+from data.config import DataConfig, headline
 from launch.report.record import Record
 from models import cost
 from models.cache import Cache
@@ -68,14 +69,15 @@ def train_loss(record: Record) -> float | None:
 
 def unigram_entropy(record: Record) -> float | None:
     """Nats per scored token of the held-out split, for a predictor that knows only how frequent each token is."""
-    validation = record.config.data.validation
-    return _unigram_entropy(tuple(sorted(validation.items()))) if validation is not None else None
+    data = record.config.data
+    return _unigram_entropy(json.dumps([data.train, data.validation])) if data.validation else None
 
 
 @lru_cache
-def _unigram_entropy(validation: tuple[tuple[str, object], ...]) -> float | None:
+def _unigram_entropy(sources: str) -> float | None:
     try:
-        return source_config(dict(validation), "data.validation").open().unigram_entropy
+        probes = DataConfig(*json.loads(sources)).open_validation()
+        return probes[headline(probes)].source.unigram_entropy
     except (Refused, OSError):
         return None
 
