@@ -54,7 +54,7 @@ class Corpus:
         self.bytes_per_token = facts.bytes / facts.tokens
         self.unigram_entropy = facts.unigram_entropy
         self.fingerprint = facts.sha256
-        self.tokenizer: str | None = manifest.settings.get("tokenizer")
+        self.tokenizer = str(manifest.settings.get("tokenizer", f"one of {self.vocab} ids"))
         self.facts: Facts = {}
         self._dataset, lengths, begins = self._read_index(folder / split, facts)
         full = np.flatnonzero(lengths)  # a document of no token has no place in a stream of tokens

@@ -73,10 +73,10 @@ def check_weights(weights: Weights, names: Sequence[str], where: str) -> None:
 
 def refuse_other_tokenizers(sources: Mapping[str, Source]) -> None:
     """Raises Refused where two of them hold text whose ids mean different things."""
-    texts = [(name, source) for name, source in sources.items() if source.bytes_per_token is not None]
-    for name, source in texts[1:]:
+    texts = [(name, source.tokenizer) for name, source in sources.items() if source.tokenizer is not None]
+    for name, tokenizer in texts[1:]:
         first, reference = texts[0]
-        if (source.tokenizer, source.vocab) != (reference.tokenizer, reference.vocab):
+        if tokenizer != reference:
             raise Refused(
                 f"{name} was prepared with another tokenizer than {first}, so that their ids mean different things; "
                 "prepare both with one."

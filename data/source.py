@@ -51,7 +51,7 @@ class Source(Windows, Protocol):
     """A corpus or a synthetic task.
 
     fingerprint:     names the content: equal fingerprints give equal windows.
-    tokenizer:       names what made its ids of text; None where there is no text, or nobody wrote it down.
+    tokenizer:       names what made its ids of text, which then mean the same in all sources; None where there is none.
     bytes_per_token: bytes of text that a token stands for, which turns nats per token into bits per byte; None where
                      there is no text.
     unigram_entropy: nats per scored token of a predictor that knows only how frequent each token is.
