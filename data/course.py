@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from conf.schema import Refused
 from data.interleave import Interleave
 from data.mixture import Mixture, Weights
 from data.source import Window
@@ -46,15 +47,15 @@ class Course:
         for sequence_length, num_samples, shares in _joined(mixture, legs):
             begin = self._legs[-1].end() if self._legs else _Standing.start(len(shares))
             self._legs.append(_Placed(begin, sequence_length, num_samples, shares))
-            for source, share in zip(self._sources, shares, strict=True):
+            for name, share in zip(self.names, shares, strict=True):
                 if share:
-                    source.window(0, sequence_length, 1, seed)
+                    _check_length(mixture, name, sequence_length, seed)
 
     def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
-        """Sample `index`; `sequence_length` must be its leg's."""
+        """Sample `index`. Raises ValueError where the run has none of that length there."""
         leg = self._leg(index)
-        if leg.sequence_length != sequence_length:
-            raise ValueError(f"sample {index} has {leg.sequence_length} tokens, not {sequence_length}")
+        if leg.sequence_length != sequence_length or index >= leg.begin.samples + leg.num_samples:
+            raise ValueError(f"sample {index} of {sequence_length} tokens is none of this run")
         which, rank = leg.order.place(index - leg.begin.samples)
         return self._sources[which].window(leg.first_window[which] + rank, sequence_length, lookahead, seed)
 
@@ -105,6 +106,14 @@ class _Placed:
             at.append((self.first_window[i] + count) * S if count else begin.at[i])
             owed.append(begin.owed[i] + S * (n * self.shares[i] - count))
         return _Standing(begin.samples + n, windows, at, owed)
+
+
+def _check_length(mixture: Mixture, name: str, sequence_length: int, seed: int) -> None:
+    try:
+        mixture.sources[name].window(0, sequence_length, 1, seed)
+    except Refused as refusal:
+        where = f"data.train.{name}" if len(mixture.sources) > 1 else "data.train"
+        raise Refused(f"{where}: {refusal}") from None
 
 
 def _joined(mixture: Mixture, legs: Sequence[Leg]) -> list[tuple[int, int, list[Fraction]]]:

@@ -299,5 +299,24 @@ def test_a_source_too_short_for_a_later_length_is_refused_at_once() -> None:
         {"few": {**recall, "weight": 9}, "many": {**recall, "num_pairs": 20, "weight": 1}}
     ).open_train()
     Course(mixture, [Leg(64, 8), Leg(32, 8, {"few": 1, "many": 0})], 0)
-    with pytest.raises(Refused, match="20 pairs and 8 queries need a sequence length of 56, but it is 32"):
+    with pytest.raises(
+        Refused, match=r"data\.train\.many: 20 pairs and 8 queries need a sequence length of 56, but it is 32"
+    ):
         Course(mixture, [Leg(64, 8), Leg(32, 1)], 0)
+
+
+def test_each_corpus_runs_through_its_own_epochs(tmp_path: Path) -> None:
+    """Every token is another id: each epoch of each corpus holds each of its tokens once, whatever the weights do."""
+    begins, names = {"a": 0, "b": 100}, ["a", "b"]
+    for name, begin in begins.items():
+        write_corpus(tmp_path / name, [list(range(begin, begin + 24)), list(range(begin + 24, begin + 40))], vocab=140)
+    mixture = DataConfig({name: corpus(tmp_path, name, weight=1) for name in names}).open_train()
+    weights = [{"a": 1.0, "b": 0.0}, {"a": 0.3, "b": 0.7}, {"a": 0.7, "b": 0.3}, {"a": 0.0, "b": 1.0}]
+    legs = [Leg(8, 11, each) for each in (*weights, weights[1])]
+    course = Course(mixture, legs, 5)
+    stream = [int(token) for index in range(55) for token in course.window(index, 8, 1, 5).tokens[:8]]
+    for begin in begins.values():
+        own = [token for token in stream if begin <= token < begin + 100]
+        assert len(own) > 120
+        for epoch in range(len(own) // 40):
+            assert sorted(own[40 * epoch : 40 * (epoch + 1)]) == list(range(begin, begin + 40))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models.commands.codec import codec_of
 from tests import runs
 from tests.corpora import write_corpus
 from tests.runs import TINY
@@ -151,3 +152,12 @@ def test_corpora_may_have_moved(reference: Path, tmp_path: Path) -> None:
     arguments = [*BASE, "data.train.code.path=moved", "data.validation.code.path=moved", f"train.steps={STEPS + 1}"]
     assert f"resumed from step {STEPS}" in runs.train(tmp_path, arguments)
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 0
+
+
+def test_the_text_of_a_mixture_is_spelt_by_its_corpora(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference.parent, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "code/manifest.json").read_text())
+    (tmp_path / "code/manifest.json").write_text(json.dumps({**manifest, "settings": {"tokenizer": "bytes"}}))
+    config = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(config.replace("path: code", f"path: {tmp_path / 'code'}"))
+    assert codec_of(tmp_path / "run", None, 64).encode("é") == [0xC3, 0xA9]

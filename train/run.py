@@ -99,8 +99,11 @@ def _open(config: Config, ranks: Ranks) -> Sources:
                 f"a step has {stretch.rows} windows, which {ranks.world_size} ranks cannot share evenly; "
                 "change train.batch_tokens or the number of ranks."
             )
-        for probe in probes.values():
-            Loader(probe.source, sequence_length=probe.length or stretch.sequence_length)
+        for name, probe in probes.items():
+            try:
+                Loader(probe.source, sequence_length=probe.length or stretch.sequence_length)
+            except Refused as refusal:
+                raise Refused(f"data.validation ({name}): {refusal}") from None
     if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
         raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
     cost.meta(config.model)
