@@ -1,5 +1,6 @@
 """Text to token files to resumable batches. Imports no model.
 
 Read in this order: `batch` (what a training step gets), `source` (what a corpus or a synthetic task must answer),
-`corpus` and `recall` (two of them), `loader` (windows to this rank's batches), `prepare` (text to a corpus on disk).
+`corpus` and `recall` (two of them), `course` (which window of which source comes when), `loader` (windows to this
+rank's batches), `prepare` (text to a corpus on disk).
 """

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from conf.schema import Refused
 from data.manifest import Manifest, Split, sha256
 from data.megatron import indexed_dataset
-from data.source import Window, random_bits
+from data.source import Facts, Window, random_bits
 
 CHECKED_WHOLE = 256 << 20  # bytes; a smaller corpus is hashed whole when opened, which takes under a second
 
@@ -54,6 +54,8 @@ class Corpus:
         self.bytes_per_token = facts.bytes / facts.tokens
         self.unigram_entropy = facts.unigram_entropy
         self.fingerprint = facts.sha256
+        self.tokenizer = str(manifest.settings.get("tokenizer", f"one of {self.vocab} ids"))
+        self.facts: Facts = {}
         self._dataset, lengths, begins = self._read_index(folder / split, facts)
         full = np.flatnonzero(lengths)  # a document of no token has no place in a stream of tokens
         self._lengths = lengths[full].astype(np.int32)

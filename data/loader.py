@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from conf.schema import Refused
 from data.batch import IGNORE, Batch
-from data.source import Source, Window
+from data.source import Window, Windows
 
 
 class Loader:
@@ -27,12 +27,13 @@ class Loader:
 
     depth: how many further targets each input has (multi-token prediction).
     prefetch: how many batches a stream makes ahead.
+    first: the first sample of this length that there is.
     Raises Refused where the source has no window of this length.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Windows,
         *,
         sequence_length: int,
         depth: int = 0,
@@ -40,6 +41,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 2,
+        first: int = 0,
     ) -> None:
         if sequence_length < 1 or depth < 0 or prefetch < 1:
             raise Refused(
@@ -54,7 +56,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.prefetch = prefetch
-        self._window(0)  # an impossible length is refused here, not in mid-run
+        self._window(first)  # an impossible length is refused here, not in mid-run
 
     def batch(self, consumed: int, num_samples: int) -> Batch:
         """This rank's share of samples [consumed, consumed + num_samples). Raises Refused where shares are uneven."""

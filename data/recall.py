@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from conf.schema import Refused
-from data.source import Window, random_bits
+from data.source import Facts, Window, random_bits
 
 BLANK = 0
 
@@ -64,8 +64,16 @@ class Recall:
         self.fingerprint = hashlib.blake2b(repr(config).encode(), digest_size=16).hexdigest()
         self.vocab = 1 + config.num_keys + config.num_values
         self.num_tokens: int | None = None
+        self.tokenizer: str | None = None
         self.bytes_per_token: float | None = None
         self.unigram_entropy = math.log(config.num_values)
+        self.facts: Facts = {
+            "task": "recall",
+            "pairs": config.num_pairs,
+            "queries": config.num_queries,
+            "null": config.null_task,
+            "chance": 1 / config.num_values,
+        }
 
     def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
         """See Source. One document; the answers alone are scored."""

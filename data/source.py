@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Facts = Mapping[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -24,34 +27,49 @@ class Window:
     scored: NDArray[np.bool_] | None = None
 
 
-class Source(Protocol):
+class Windows(Protocol):
     """An endless, indexed supply of windows.
 
+    vocab:      every id is below it.
+    num_tokens: tokens of one epoch, each an input exactly once; None where there are no epochs (synthetic tasks).
+    """
+
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def num_tokens(self) -> int | None: ...
+
+    def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
+        """Window `index` of the order drawn by `seed`: `sequence_length` inputs and the `lookahead` tokens after them.
+
+        A pure function. Raises Refused where there is no window of that length.
+        """
+        ...
+
+
+class Source(Windows, Protocol):
+    """A corpus or a synthetic task.
+
     fingerprint:     names the content: equal fingerprints give equal windows.
-    vocab:           every id is below it.
-    num_tokens:      tokens of one epoch, each an input exactly once; None where there are no epochs (synthetic tasks).
+    tokenizer:       names what made its ids of text, which then mean the same in all sources; None where there is none.
     bytes_per_token: bytes of text that a token stands for, which turns nats per token into bits per byte; None where
                      there is no text.
     unigram_entropy: nats per scored token of a predictor that knows only how frequent each token is.
+    facts:           what a synthetic task says of itself: `task`, `null` (whether the answers cannot be known),
+                     `chance` (share of scored tokens that a guess gets right), and what makes it hard. Of text,
+                     nothing.
     """
 
     @property
     def fingerprint(self) -> str: ...
     @property
-    def vocab(self) -> int: ...
-    @property
-    def num_tokens(self) -> int | None: ...
+    def tokenizer(self) -> str | None: ...
     @property
     def bytes_per_token(self) -> float | None: ...
     @property
     def unigram_entropy(self) -> float: ...
-
-    def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
-        """Window `index` of the order drawn by `seed`: `sequence_length` inputs and the `lookahead` tokens after them.
-
-        A pure function. Raises Refused where the source has no window of that length.
-        """
-        ...
+    @property
+    def facts(self) -> Facts: ...
 
 
 class SourceConfig(Protocol):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import browser
+
 LIST = Path(__file__).with_suffix(".txt")
-MACHINES = ("cpu", "cuda")
+MACHINES: dict[str, Callable[[], bool]] = {
+    "cpu": lambda: not torch.cuda.is_available(),
+    "cuda": torch.cuda.is_available,
+    "no browser": lambda: not browser.is_here(),
+}
+"""What a line of the list may say of a machine; several may hold of one."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +47,33 @@ def compare(reporter: pytest.TerminalReporter, *, whole: bool) -> Found:
 
     A `whole` run must also show every listed skip; a part of the suite need not.
     """
-    machine = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = {name for name, holds in MACHINES.items() if holds()}
     seen = Counter(reason(report) for outcome in ("skipped", "xfailed") for report in reporter.stats.get(outcome, ()))
     return Found(seen, differences(seen, expected(LIST.read_text(), machine), machine, whole=whole))
 
 
-def differences(seen: Counter[str], listed: set[str], machine: str, *, whole: bool) -> list[str]:
+def differences(seen: Counter[str], listed: set[str], machine: Set[str], *, whole: bool) -> list[str]:
     """One sentence for each reason that is seen but not listed, or (in a whole run) listed but not seen."""
     unlisted, absent = sorted(seen.keys() - listed), sorted(listed - seen.keys()) if whole else []
-    return [f"not listed for {machine}: {text}" for text in unlisted] + [
-        f"listed for {machine}, but nothing was skipped for it: {text}" for text in absent
+    names = ", ".join(sorted(machine))
+    return [f"not listed for {names}: {text}" for text in unlisted] + [
+        f"listed for {names}, but nothing was skipped for it: {text}" for text in absent
     ]
 
 
-def expected(text: str, machine: str) -> set[str]:
-    """The reasons that the list `text` gives for `machine`. Raises ValueError for a line it cannot read."""
+def expected(text: str, machine: Set[str]) -> set[str]:
+    """The reasons that the list `text` gives for what holds of a machine. Raises ValueError for an unreadable line."""
     reasons = set()
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, listed = line.partition(":")
         if name.strip() not in MACHINES or not colon or not listed.strip():
-            machines = " or ".join(MACHINES)
-            raise ValueError(f"{LIST.name} line {number} is not 'machine: reason', where machine is {machines}: {line}")
-        if name.strip() == machine:
+            machines = ", ".join(MACHINES)
+            raise ValueError(
+                f"{LIST.name} line {number} is not 'machine: reason', where machine is one of {machines}: {line}"
+            )
+        if name.strip() in machine:
             reasons.add(listed.strip())
     return reasons
 

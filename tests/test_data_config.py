@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,14 +30,51 @@ def composed(name: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
     return OmegaConf.to_container(whole, resolve=True)["data"]  # type: ignore[index,call-overload,return-value]
 
 
+def parts(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sources of a section by name; one without a name as such."""
+    named = {"": section} if "source" in section else section
+    return {name: dict(values) for name, values in named.items()}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in GROUP.glob("*.yaml")))
 def test_every_shipped_config_is_one(name: str, tmp_path: Path) -> None:
     config = build(DataConfig, composed(name, tmp_path), "data")
     assert config.seed == 3, "the run's seed draws the order"
     assert config.validation is not None
-    assert {**config.validation, "split": "train"} == config.train, "the two differ in their split alone"
-    if config.train["source"] == "recall":
-        assert config.open_train().vocab == 129
+    trained, validated = parts(config.train), parts(config.validation)
+    assert trained.keys() == validated.keys()
+    for name, values in validated.items():
+        grid, of_training = values.pop("grid", {}), trained[name]
+        of_training.pop("weight", None)
+        apart = {key for key in {*values, *of_training} if values.get(key) != of_training.get(key)}
+        assert "split" in apart and values["split"] == "valid" and of_training["split"] == "train"
+        assert apart <= {"split", "haystack", "num_queries", *grid}, "the two differ in what is asked of them alone"
+        if "haystack" in apart:
+            assert {**values["haystack"], "split": "train"} == of_training["haystack"]
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab"),
+    [
+        pytest.param("recall", 1 + 64 + 64, id="recall"),
+        pytest.param("needle", 64 + 64 + 64, id="needle"),
+        pytest.param("tracking", 64 + 1 + 64 + 64, id="tracking"),
+    ],
+)
+def test_a_shipped_task_and_its_null(name: str, vocab: int, tmp_path: Path) -> None:
+    task, null = composed(name, tmp_path), composed(f"{name}_null", tmp_path)
+    assert {**task["train"], "null_task": True} == null["train"]
+    assert null["validation"]["null_task"] and not task["validation"]["null_task"]
+    mixture, probes = build(DataConfig, task, "data").open()
+    assert mixture.vocab == vocab
+    assert all(probe.source.vocab == vocab for probe in probes.values())
+    measured = [sorted(probe.facts(probe.length or 64).items()) for probe in probes.values()]
+    assert all(one != other for one, other in itertools.combinations(measured, 2)), "facts tell the sources apart"
+
+
+def test_the_grid_of_needles(tmp_path: Path) -> None:
+    config = build(DataConfig, composed("needle", tmp_path, "data.validation.grid.length=[32]"), "data")
+    assert list(config.open_validation()) == [f"needle/length=32/depth={depth}" for depth in (0, 0.5, 1)]
 
 
 def test_an_override_of_the_training_path_moves_both(tmp_path: Path) -> None:
@@ -45,16 +83,13 @@ def test_an_override_of_the_training_path_moves_both(tmp_path: Path) -> None:
     assert config.train["path"] == config.validation["path"] == "elsewhere"
 
 
-def test_the_null_is_recall_but_for_its_answers(tmp_path: Path) -> None:
-    recall, null = composed("recall", tmp_path), composed("recall_null", tmp_path)
-    assert {**recall["train"], "null_task": True} == null["train"]
-
-
 @pytest.mark.parametrize(
     ("train", "sentence"),
     [
-        pytest.param({}, "data.train.source is missing; choose one of corpus, recall", id="no-source"),
-        pytest.param({"source": "recal"}, "data.train.source is 'recal', .* choose one of corpus, recall", id="typo"),
+        pytest.param({}, "data.train.source is missing; choose one of corpus, needle, recall", id="no-source"),
+        pytest.param(
+            {"source": "recal"}, "data.train.source is 'recal', .* choose one of corpus, needle, recall", id="typo"
+        ),
         pytest.param({"source": "loader"}, "'loader', which is no data source", id="module-that-is-no-source"),
         pytest.param({"source": "../x"}, "which is no data source", id="path-as-source"),
         pytest.param({"source": 3}, "which is no data source", id="number-as-source"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -147,55 +145,6 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: python -m train" in printed
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("  ")}
     assert lines == {group: choices(group) for group in groups()}
-
-
-# wandb is never a reason to fail.
-
-
-def metrics(folder: Path, mode: str) -> Metrics:
-    return Metrics(folder, read(compose([*TINY, f"run.wandb={mode}", "run.dir=x"])), first_step=0)
-
-
-def test_wandb_without_a_key_writes_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    written = metrics(tmp_path, "online")
-    written.write({"step": 1, "loss": 2.0, "load": [1.0], "seconds_save": float("nan")})
-    written.close()
-    assert "no key" in caplog.text
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
-class Failing:
-    """A wandb that breaks in mid-run."""
-
-    def log(self, *_: Any) -> None:
-        raise ConnectionError("no route")
-
-    def finish(self, **_: Any) -> None:
-        raise AssertionError("it is left alone once it failed")
-
-
-def test_wandb_that_breaks_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    written = metrics(tmp_path, "off")
-    written.wandb = Failing()
-    for step in (1, 2):
-        written.write({"step": step, "loss": 2.0})
-    written.close()
-    assert caplog.text.count("wandb is not used any more: no route") == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_machine_without_wandb_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    written = metrics(tmp_path, "offline")
-    written.write({"step": 1, "loss": 2.0})
-    written.close()
-    assert "wandb is not used" in caplog.text
 
 
 def test_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_path: Path) -> None:

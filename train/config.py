@@ -16,12 +16,15 @@ from train.schedule import Schedule
 @dataclass(frozen=True)
 class RunSection:
     """dir: the run directory; the same command with the same directory resumes. wandb: "online" falls back to
-    "offline" without a key. threads: CPU threads of one rank, null for torch's choice. deterministic: refuse operations
-    whose result depends on timing."""
+    "offline" without a key. project, group, tags: of the wandb run; the group is the experiment's name, or whatever
+    tells the runs of a sweep from others. threads: CPU threads of one rank, null for torch's choice. deterministic:
+    refuse operations whose result depends on timing."""
 
     dir: str
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "keyhole"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
     threads: int | None = None
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -35,12 +38,16 @@ class RunSection:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run that starts at step `start` and lasts to the next one. What is null stays as it was."""
+    """A stretch of the run that starts at step `start` and lasts to the next one. What is null stays as it was.
+
+    mixture: the weights of all sources of data.train, by name; 0 for one that pauses.
+    """
 
     start: int
     sequence_length: int | None = None
     batch_tokens: int | None = None
     learning_rate: float | None = None
+    mixture: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("start", "sequence_length", "batch_tokens"):
@@ -193,6 +200,11 @@ class Config:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
     engine: Literal["torch"] = "torch"
+
+    def __post_init__(self) -> None:
+        for index, phase in enumerate(self.train.phases):
+            if phase.mixture is not None:
+                self.data.check_weights(phase.mixture, f"train.phases[{index}].mixture")
 
 
 def read(values: Mapping[str, Any]) -> Config:

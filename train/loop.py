@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.config import Probe, Probes, headline
+from data.course import Course
 from data.loader import Loader
-from data.source import Source
 from train import meter, rundir, statistics
 from train.checkpoint import Checkpoints
 from train.config import Config
@@ -44,8 +45,8 @@ class Run:
     config: Config
     ranks: Ranks
     engine: Engine
-    train_source: Source
-    validation_source: Source | None
+    course: Course
+    probes: Probes
     checkpoints: Checkpoints
     stop: StopRequest
     metrics: Metrics | None
@@ -151,6 +152,7 @@ class Pending:
             "tokens_per_second": batch_tokens / max(sum(seconds.values()), 1e-9),
             "extra": extra,
             "batch": self.batch,
+            **_sources(run, self.stretch.consumed(self.step)),
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "peak_memory": meter.peak_memory(run.ranks.device),
         }
@@ -193,34 +195,58 @@ def save(run: Run, clock: meter.Clock, *, wait: bool) -> None:
 
 
 def validate(run: Run, stretch: Stretch) -> None:
-    """Held-out loss on the same windows each time."""
-    source = run.validation_source
-    if source is None:
+    """Held-out loss on the same windows each time, of every source.
+
+    `val_loss`, `val_accuracy`, `val_bpb` and `val_position` are of the first source named that holds text, or of the
+    first where none does; `val_sources` has them all.
+    """
+    if not run.probes:
         return
+    measured = {name: _measure(run, stretch, probe) for name, probe in run.probes.items()}
+    first, position = measured[headline(run.probes)]
+    record: dict[str, Any] = {"step": run.step}
+    record |= {f"val_{key}": first[key] for key in ("loss", "accuracy", "bpb") if key in first}
+    lines = {name: line for name, (line, _) in measured.items()}
+    if run.metrics is not None:
+        run.metrics.write({**record, "val_sources": lines, "val_position": position})
+    for name, line in lines.items():
+        of = f" {name}" if len(measured) > 1 else ""
+        numbers = "  ".join(f"{key} {line[key]:.4f}" for key in ("loss", "accuracy", "bpb") if key in line)
+        log.info("step %d  validation%s  %s", run.step, of, numbers)
+
+
+def _measure(run: Run, stretch: Stretch, probe: Probe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loss, accuracy, scored tokens, bits per byte where there is text, what the source says of itself; and the loss by
+    position."""
+    length = probe.length or stretch.sequence_length
     loader = Loader(
-        source,
-        sequence_length=stretch.sequence_length,
+        probe.source,
+        sequence_length=length,
         seed=0,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
     )
-    rows = run.config.train.micro_batch * run.ranks.world_size
+    # as many tokens in a forward as in training, so that a longer window needs no more memory
+    rows = max(1, run.config.train.micro_batch * stretch.sequence_length // length) * run.ranks.world_size
     result = run.engine.evaluate(loader.fixed(run.config.evaluate.samples, rows))
-    record: dict[str, Any] = {"step": run.step, "val_loss": result.loss, "val_accuracy": result.accuracy}
-    if source.bytes_per_token:
-        record["val_bpb"] = result.loss / math.log(2) / source.bytes_per_token
-    told = "  ".join(f"{key[4:]} {value:.4f}" for key, value in record.items() if key != "step")
-    record["val_position"] = {"edges": result.edges, "loss": result.loss_by_position}
-    if run.metrics is not None:
-        run.metrics.write(record)
-    log.info("step %d  validation  %s", run.step, told)
+    line: dict[str, Any] = {"loss": result.loss, "accuracy": result.accuracy, "tokens": result.tokens}
+    if probe.source.bytes_per_token is not None:
+        line["bpb"] = result.loss / math.log(2) / probe.source.bytes_per_token
+    position = {"edges": result.edges, "loss": result.loss_by_position}
+    return {**line, "facts": dict(probe.facts(length))}, position
+
+
+def _sources(run: Run, num_samples: int) -> dict[str, Any]:
+    """Windows of each source that the first samples held, where there are several."""
+    return {"sources": run.course.consumed(num_samples)} if len(run.course.names) > 1 else {}
 
 
 def _loader(run: Run, stretch: Stretch) -> Loader:
     return Loader(
-        run.train_source,
+        run.course,
         sequence_length=stretch.sequence_length,
         seed=run.config.data.seed,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
+        first=stretch.samples,
     )

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.schema import Refused
+from data.course import Leg
 from train.config import TrainSection
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps start..stop share these settings. first_sample: of the source's windows of this length, at step `start`.
+    """Steps start..stop share these settings. rows: windows of one step over all ranks.
 
-    tokens: consumed before `start`. rows: windows of one step over all ranks.
+    samples, tokens: consumed before `start`. weights: of the sources, None for those of data.train.
     """
 
     start: int
@@ -20,16 +21,21 @@ class Stretch:
     sequence_length: int
     rows: int
     learning_rate: float
-    first_sample: int
+    samples: int
     tokens: int
+    weights: dict[str, float] | None = None
 
     def consumed(self, step: int) -> int:
         """Samples consumed before `step`."""
-        return self.first_sample + (step - self.start) * self.rows
+        return self.samples + (step - self.start) * self.rows
 
     def tokens_at(self, step: int) -> int:
         """Tokens consumed before `step`."""
         return self.tokens + (step - self.start) * self.rows * self.sequence_length
+
+    def leg(self) -> Leg:
+        """What the data needs to know of it."""
+        return Leg(self.sequence_length, self.consumed(self.stop) - self.samples, self.weights)
 
 
 def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
@@ -38,12 +44,14 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
     Raises Refused where a batch does not hold whole windows.
     """
     starts = [phase.start for phase in train.phases]
-    length, planned, tokens, table = train.sequence_length, train.batch_tokens, 0, []
+    length, planned, samples, tokens, table = train.sequence_length, train.batch_tokens, 0, 0, []
+    weights: dict[str, float] | None = None
     for phase, step, stop in zip([None, *train.phases], [0, *starts], [*starts, train.steps], strict=True):
         if phase is not None:
             length = phase.sequence_length or length
             planned = phase.batch_tokens or planned
             learning_rate = learning_rate if phase.learning_rate is None else phase.learning_rate
+            weights = weights if phase.mixture is None else phase.mixture
         while step < min(stop, train.steps):
             batch_tokens, until = _held(train, planned, step, tokens)
             if batch_tokens % length:
@@ -51,11 +59,9 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
                     f"batch_tokens ({batch_tokens}) is not a multiple of sequence_length ({length}) from step {step} "
                     f"on; take {max(1, round(batch_tokens / length)) * length}."
                 )
-            # a window of the new length starts at the next whole window: nothing is repeated across the border
-            rows, first = batch_tokens // length, -(-tokens // length)
-            table.append(Stretch(step, min(until, stop, train.steps), length, rows, learning_rate, first, tokens))
-            step = table[-1].stop
-            tokens = table[-1].tokens_at(step)
+            rows, last = batch_tokens // length, min(until, stop, train.steps)
+            table.append(Stretch(step, last, length, rows, learning_rate, samples, tokens, weights))
+            step, samples, tokens = last, table[-1].consumed(last), table[-1].tokens_at(last)
     return table
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from conf.schema import Refused
+from data.config import Probes
+from data.course import Course
 from data.loader import Loader
-from data.source import Source
 from models import cost
 from train import optimizer, rundir, statistics
 from train.checkpoint import Checkpoints, SaveFailed
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 class Sources(NamedTuple):
     """What the run trains and validates on."""
 
-    train: Source
-    validation: Source | None
+    train: Course
+    validation: Probes
 
 
 def run(config: Config, ranks: Ranks) -> int:
@@ -91,30 +92,34 @@ def _finish_saving(checkpoints: Checkpoints) -> None:
 
 def _open(config: Config, ranks: Ranks) -> Sources:
     """Everything that can be refused by looking alone."""
-    sources = Sources(config.data.open_train(), config.data.open_validation())
-    for source in filter(None, sources):
-        if source.vocab > config.model.vocab:
-            raise Refused(
-                f"the data has token ids up to {source.vocab - 1}, but model.vocab is {config.model.vocab}; "
-                f"set model.vocab to {source.vocab} or more."
-            )
+    mixture, probes = config.data.open()
+    vocab = max(mixture.vocab, *(probe.source.vocab for probe in probes.values()), 0)
+    if vocab > config.model.vocab:
+        raise Refused(
+            f"the data has token ids up to {vocab - 1}, but model.vocab is {config.model.vocab}; "
+            f"set model.vocab to {vocab} or more."
+        )
     if ranks.world_size % config.parallel.replicate:
         raise Refused(
             f"parallel.replicate ({config.parallel.replicate}) does not divide {ranks.world_size} ranks; "
             "take a divisor."
         )
-    for stretch in stretches(config.train, 0.0):
+    table = stretches(config.train, 0.0)
+    for stretch in table:
         if stretch.rows % ranks.world_size:
             raise Refused(
                 f"a step has {stretch.rows} windows, which {ranks.world_size} ranks cannot share evenly; "
                 f"change the batch from step {stretch.start} on, or the number of ranks."
             )
-        for source in filter(None, sources):
-            Loader(source, sequence_length=stretch.sequence_length)
-    if sources.validation is not None and sources.validation.num_tokens is None and config.evaluate.samples is None:
-        raise Refused("evaluate.samples is null, but the validation data is endless; give a number.")
+        for name, probe in probes.items():
+            try:
+                Loader(probe.source, sequence_length=probe.length or stretch.sequence_length)
+            except Refused as refusal:
+                raise Refused(f"data.validation ({name}): {refusal}") from None
+    if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
+        raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
     cost.meta(config.model)
-    return sources
+    return Sources(Course(mixture, [stretch.leg() for stretch in table], config.data.seed), probes)
 
 
 def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) -> Run:
@@ -133,7 +138,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         grace=grace(),
     )
     engine.before_update = checkpoints.release
-    progress = _start_weights(config, engine, checkpoints, sources.train)
+    progress = _start_weights(config, engine, checkpoints, sources.train.fingerprint)
     metrics = None
     if ranks.first:
         rundir.settle(directory, config, environment, progress.step)
@@ -148,8 +153,8 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
         config=config,
         ranks=ranks,
         engine=engine,
-        train_source=sources.train,
-        validation_source=sources.validation,
+        course=sources.train,
+        probes=sources.validation,
         checkpoints=checkpoints,
         stop=stop,
         metrics=metrics,
@@ -159,11 +164,11 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
     )
 
 
-def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, source: Source) -> Progress:
+def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, fingerprint: str) -> Progress:
     """The newest good checkpoint of this run, or the weights that train.init names, or none."""
     if checkpoints.latest() is not None:
         checkpoint = checkpoints.load({**engine.state(), "progress": {"step": 0, "owes_validation": False}})
-        if checkpoint.facts.get("data") != source.fingerprint:
+        if checkpoint.facts.get("data") != fingerprint:
             raise Refused(
                 f"{checkpoint.path} was trained on other data than data.train now names; "
                 "name the same data, or choose another run.dir (train.init= starts from this run's weights)."

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -31,8 +32,9 @@ from train.ranks import Ranks
 CODE = Path(__file__).parents[1]
 PACKAGES = ("train", "models", "parallel", "data", "launch", "conf")
 MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "train.steps", "train.micro_batch",
-              "train.recompute", "train.compile", "train.core", "train.init", "train.profile", "data.train.path",
+              "train.recompute", "train.compile", "train.core", "train.init", "train.profile",
               "data.validation")  # fmt: skip
+WHERE_DATA_LIES = re.compile(r"data\.train\.(.+\.)?path")
 """What may differ when a run is resumed: how it is run and for how long, not what it computes. Whether the data is the
 same, wherever it lies, its fingerprint tells."""
 
@@ -104,7 +106,7 @@ def refuse_changes(directory: Path, config: Config) -> None:
         raise Refused(f"{directory} is at step {reached} already; train.steps ({config.train.steps}) cannot be less.")
     old, new = (dict(_flat(_so_far(values, reached))) for values in (_read_yaml(file), asdict(config)))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE) and not WHERE_DATA_LIES.fullmatch(key):
             raise Refused(
                 f"{directory} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}; "
                 "take the old value back, or choose another run.dir (train.init= starts from this run's weights)."

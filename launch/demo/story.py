@@ -7,7 +7,8 @@ from pathlib import Path
 
 from launch.demo.arm import RANKS, Arm, Interruption
 from launch.demo.processes import typed
-from launch.report import pages
+from launch.report import tables
+from launch.report.command import PAGE
 from launch.report.compare import Comparison
 from launch.report.show import spread
 
@@ -36,7 +37,7 @@ def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None,
     compare = ["launch", "report", *directories, mine, "--out", "runs/report"]
     generate = ["models", "generate", "--model", directories[0], "--prompt", "def "]
     lines = [
-        pages.table_text(comparison),
+        tables.plain(tables.numbers(comparison)),
         *(f"- {note}" for note in comparison.notes),
         "",
         "What happened",
@@ -46,14 +47,14 @@ def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None,
         f"  Held-out loss ÷ unigram entropy: {ratios}; at most {LEARNT} counts as learnt.",
         f"  It took {seconds:.0f} s.",
         "",
-        "Where to look",
-        f"  {out / 'index.html'}; beside it report.md, report.json and the plots",
-        "",
         "What to type next",
         f"  train with a smaller latent:  {_typed(change)}",
         f"  compare it with the others:   {_typed(compare)}",
         f"  let an arm write:             {_typed(generate)}",
         f"  see what can be changed:      {_typed(['train', '--help'])}",
+        "",
+        "Where to look, in a browser",
+        f"  {out / PAGE}; beside it report.md, report.json and the plots",
     ]
     return "\n".join(lines)
 

@@ -1,1 +1,2 @@
-"""Runs compared: read (record), measured (quantities), set side by side (compare), drawn (plots), written (pages)."""
+"""Runs compared: read (record, validation), measured (quantities, heldout), set side by side (compare), drawn (plots/),
+said (tables, missing, content) and written down (written, page)."""

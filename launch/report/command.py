@@ -6,8 +6,14 @@ from pathlib import Path
 
 from conf.schema import Refused
 from launch.arguments import Parser
-from launch.report import pages, plots
+from launch.report import tables
 from launch.report.compare import Comparison, compare
+from launch.report.content import content
+from launch.report.page import as_html
+from launch.report.plots.menu import PLOTS
+from launch.report.written import as_json, as_markdown
+
+PAGE = "index.html"
 
 
 def main(arguments: list[str]) -> int:
@@ -17,10 +23,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     options = parser.parse_args(arguments)
     comparison = write(options.runs, options.out)
-    print(pages.table_text(comparison))
+    print(tables.plain(tables.numbers(comparison)))
     for note in comparison.notes:
         print(f"- {note}")
-    print(f"{options.out / 'index.html'}: {len(comparison.arms)} arm(s), {len(options.runs)} run(s).")
+    print(f"{options.out / PAGE}: {len(comparison.arms)} arm(s), {len(options.runs)} run(s).")
     return 0
 
 
@@ -30,18 +36,18 @@ def write(runs: list[Path], out: Path) -> Comparison:
     Raises Refused where a directory is no run or `out` cannot be written.
     """
     comparison = compare(runs)
-    drawn = plots.draw(comparison)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"--out {out} cannot be made ({error.strerror}); choose another folder.") from None
-    for plot in plots.PLOTS:
+    made = content(comparison)
+    for plot in PLOTS:
         (out / plot.file).unlink(missing_ok=True)  # of an earlier report that had more to draw
-    for plot, png in drawn:
-        _write(out / plot.file, png)
-    _write(out / "report.json", pages.as_json(comparison).encode())
-    _write(out / "report.md", pages.as_markdown(comparison, drawn).encode())
-    _write(out / "index.html", pages.as_html(comparison, drawn).encode())
+    for picture in made.pictures:
+        _write(out / picture.plot.file, picture.light)
+    _write(out / "report.json", as_json(made).encode())
+    _write(out / "report.md", as_markdown(made).encode())
+    _write(out / PAGE, as_html(made).encode())
     return comparison
 
 

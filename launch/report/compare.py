@@ -16,10 +16,11 @@ from launch.report.quantities import QUANTITIES, unigram_entropy
 from launch.report.record import Record, read
 
 SEEDS = ("train.seed", "data.seed")
-OWN = (*SEEDS, "run.dir")
-"""What may differ between two runs of one arm."""
+OWN = (*SEEDS, "run.dir", "run.wandb", "run.project", "run.group", "run.tags")
+"""Beginnings of the settings that may differ between two runs of one arm."""
 
 ABSENT = "—"
+NO_ENTROPY = "its held-out data cannot be read from here, so its unigram entropy is not known"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def compare(directories: Sequence[Path]) -> Comparison:
     _refuse_twice(directories)
     groups: dict[tuple[tuple[str, str], ...], list[Record]] = defaultdict(list)
     for record in map(read, directories):
-        settings = [(key, repr(value)) for key, value in flat(record.values) if key not in OWN]
+        settings = [(key, repr(value)) for key, value in flat(record.values) if not key.startswith(OWN)]
         groups[tuple(sorted(settings))].append(record)
     arms = [
-        Arm(name, records, {q.key: _spread([q.of(record) for record in records]) for q in QUANTITIES})
+        Arm(name, records, {q.key: spread_of([q.of(record) for record in records]) for q in QUANTITIES})
         for name, records in zip(names(list(groups.values())), groups.values(), strict=True)
     ]
     entropies = {unigram_entropy(record) for arm in arms for record in arm.records}
@@ -94,7 +95,7 @@ def differences(arms: list[Arm]) -> dict[str, dict[str, Any]]:
     found = {}
     for key in dict.fromkeys(key for values in settings for key in values):
         row = [values.get(key, ABSENT) for values in settings]
-        if key not in OWN and any(value != row[0] for value in row):
+        if not key.startswith(OWN) and any(value != row[0] for value in row):
             found[key] = {arm.name: value for arm, value in zip(arms, row, strict=True)}
     return found
 
@@ -129,20 +130,27 @@ def _unequal(arms: list[Arm]) -> Iterator[str]:
 
 
 def _unfinished(arms: list[Arm]) -> Iterator[str]:
+    states: dict[str, list[str]] = defaultdict(list)
+    problems: dict[str, list[str]] = defaultdict(list)
     for arm in arms:
         for record in arm.records:
             label = _label(arm, record)
             if not record.finished:
-                yield f"Not finished: {label} is {record.status}."
+                states[record.status].append(label)
             if record.steps and not record.validations:
                 yield f"Not validated: {label} has no held-out loss yet."
             elif record.validations and record.validations[-1]["step"] != record.last_step:
                 step = record.validations[-1]["step"]
                 yield f"Validated earlier: the held-out numbers of {label} are of step {step}."
             for problem in record.problems:
-                yield f"{label}: {problem}."
+                problems[problem].append(label)
             if record.config.data.validation is not None and unigram_entropy(record) is None:
-                yield f"{label}: its held-out data cannot be read from here, so its unigram entropy is not known."
+                problems[NO_ENTROPY].append(label)
+    for state, labels in states.items():
+        yield f"Not finished: {', '.join(labels)} {'is' if len(labels) == 1 else 'are'} {state}."
+    for problem, labels in problems.items():
+        everywhere = len(labels) == sum(len(arm.records) for arm in arms) > 1
+        yield f"{'every run' if everywhere else ', '.join(labels)}: {problem}."
 
 
 def _unsure(arms: list[Arm]) -> Iterator[str]:
@@ -201,7 +209,7 @@ def _differ(values: list[Any]) -> bool:
     return any(value != values[0] for value in values)
 
 
-def _spread(values: list[float | None]) -> Spread | None:
+def spread_of(values: list[float | None]) -> Spread | None:
     """Over the runs that know the value."""
     known = [float(value) for value in values if value is not None]
     if not known:

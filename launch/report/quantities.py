@@ -6,6 +6,7 @@ not say. Nothing here knows an attention scheme.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from conf.schema import Refused
-from data.config import source_config
+from data.config import DataConfig, headline
 from launch.report.record import Record
 from models import cost
 from models.cache import Cache
@@ -23,7 +24,10 @@ from models.model import Model
 
 @dataclass(frozen=True)
 class Quantity:
-    """key: in report.json. heading, unit, meaning: for people. kind: how it is printed. of: its value for a run."""
+    """key: in report.json. heading, unit, meaning: for people. kind: how it is printed. of: its value for a run.
+
+    absent: why a run may not have it.
+    """
 
     key: str
     heading: str
@@ -31,6 +35,7 @@ class Quantity:
     meaning: str
     kind: Literal["count", "compact", "bytes", "loss", "ratio", "percent", "seconds", "megabytes"]
     of: Callable[[Record], float | None]
+    absent: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,15 @@ def train_loss(record: Record) -> float | None:
 
 def unigram_entropy(record: Record) -> float | None:
     """Nats per scored token of the held-out split, for a predictor that knows only how frequent each token is."""
-    validation = record.config.data.validation
-    return _unigram_entropy(tuple(sorted(validation.items()))) if validation is not None else None
+    data = record.config.data
+    return _unigram_entropy(json.dumps([data.train, data.validation])) if data.validation else None
 
 
 @lru_cache
-def _unigram_entropy(validation: tuple[tuple[str, object], ...]) -> float | None:
+def _unigram_entropy(sources: str) -> float | None:
     try:
-        return source_config(dict(validation), "data.validation").open().unigram_entropy
+        probes = DataConfig(*json.loads(sources)).open_validation()
+        return probes[headline(probes)].source.unigram_entropy
     except (Refused, OSError):
         return None
 
@@ -108,6 +114,8 @@ def _final_load(record: Record) -> float | None:
     return statistics.fmean(loads) if loads else None
 
 
+NO_STEP, NOT_VALIDATED = "it has no step yet", "it has not been validated"
+
 # fmt: off
 QUANTITIES = (
     Quantity("parameters_total", "parameters", "", "all parameters of the model", "compact",
@@ -123,28 +131,27 @@ QUANTITIES = (
     Quantity("kv_tails", "tails", "B", "cache of a sequence that does not grow: rows of blocks that are still open",
              "bytes", lambda r: footprint(r.model).tails),
     Quantity("train_loss", "train loss", "nats/token", "cross-entropy, mean over the last twentieth of the steps",
-             "loss", train_loss),
-    Quantity("val_loss", "held-out loss", "nats/token", "cross-entropy of the last validation", "loss",
-             lambda r: _last(r, "val_loss")),
+             "loss", train_loss, NO_STEP),
+    Quantity("val_loss", "held-out loss", "nats/token", "cross-entropy of the last validation, on the first text, or "
+             "the first source where none is text", "loss", lambda r: _last(r, "val_loss"), NOT_VALIDATED),
     Quantity("val_bpb", "held-out bits/byte", "", "the same in bits per byte of text; only where data is text",
-             "loss", lambda r: _last(r, "val_bpb")),
+             "loss", lambda r: _last(r, "val_bpb"), "it takes a validation on text"),
     Quantity("entropy_ratio", "÷ unigram entropy", "", "held-out loss ÷ the entropy of the held-out token frequencies: "
-             "below 1, the model knows more than how frequent each token is", "ratio", _entropy_ratio),
+             "below 1, the model knows more than how frequent each token is", "ratio", _entropy_ratio,
+             "it takes a validation, on data that can be read from here"),
     Quantity("val_accuracy", "accuracy", "", "share of held-out tokens that the model ranks first; for associative "
-             "recall, the recall", "percent", lambda r: _last(r, "val_accuracy")),
+             "recall, the recall", "percent", lambda r: _last(r, "val_accuracy"), NOT_VALIDATED),
     Quantity("tokens_per_second", "tokens/s", "", "of all ranks together, median over the steps", "count",
-             lambda r: _over_steps(r, "tokens_per_second", statistics.median)),
+             lambda r: _over_steps(r, "tokens_per_second", statistics.median), NO_STEP),
     Quantity("mfu", "MFU", "", "share of the GPUs' peak that the model's own operations use, median over the steps",
-             "percent", lambda r: _over_steps(r, "mfu", statistics.median)),
+             "percent", lambda r: _over_steps(r, "mfu", statistics.median), "the peak of its device is not listed"),
     Quantity("peak_memory", "peak memory", "MB", "of the first rank: allocated on its GPU, or resident in its process",
-             "megabytes", lambda r: _over_steps(r, "peak_memory", max)),
+             "megabytes", lambda r: _over_steps(r, "peak_memory", max), NO_STEP),
     Quantity("load", "expert load", "max/mean", "the busiest expert's load ÷ the mean, over the layers and the last "
-             "twentieth of the steps; 1 is even", "ratio", _final_load),
+             "twentieth of the steps; 1 is even", "ratio", _final_load, "it takes a step of a model with experts"),
     Quantity("steps", "steps", "", "optimizer steps", "count", lambda r: float(r.last_step)),
     Quantity("tokens", "tokens", "", "consumed in training", "compact", lambda r: float(r.tokens)),
     Quantity("seconds", "time", "s", "of all steps and saves; start-up and validation are not in it", "seconds",
-             seconds_of_steps),
+             seconds_of_steps, NO_STEP),
 )
 # fmt: on
-
-BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}

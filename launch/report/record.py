@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from conf.schema import Refused
+from launch.report import validation
 from models.model import Model
 from train import config as run_config
 from train.config import Config
@@ -118,6 +119,7 @@ def _read_metrics(file: Path, running: bool, problems: list[str]) -> list[Line]:
     for raw in text.splitlines(keepends=True):
         try:
             line = json.loads(raw)
+            validation.sources(line), validation.positions(line)  # a line that these cannot read is left out here
             lines.append({key: _number(value) for key, value in line.items()} | {"step": int(line["step"])})
         except (ValueError, TypeError, KeyError, AttributeError):
             unreadable += not (running and not raw.endswith("\n"))

@@ -44,10 +44,11 @@ def codec_of(path: Path, tokenizer: str | None, vocab: int) -> Codec:
 
 
 def _corpus(run: Path) -> Path | None:
-    """Where a run's training data came from."""
+    """Where a run's training text came from; of several corpora, which share their tokenizer, the first."""
     try:
-        return Path(yaml.safe_load((run / RUN).read_text())["data"]["train"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        train = yaml.safe_load((run / RUN).read_text())["data"]["train"]
+        return next(Path(source["path"]) for source in (train, *train.values()) if "path" in (source or ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, yaml.YAMLError):
         return None
 
 
