@@ -125,13 +125,13 @@ class Model(nn.Module):
             reports.append(report)
         hidden = self.norm(self.ends.leave(stream.residual))
         weight = self.embedding.weight if self.head is None else self.head.weight
+        cap = self.config.logit_cap
         if targets is None:
-            logits = F.linear(hidden, weight.to(hidden.dtype))
-            return logits.float() if logits.dtype != torch.float64 else logits
+            return loss.capped(F.linear(hidden, weight.to(hidden.dtype)), cap)
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if score:
-            return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets)))
-        return Losses(loss.cross_entropy(flat, weight, flat_targets), stream.extra, reports)
+            return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets, cap)))
+        return Losses(loss.cross_entropy(flat, weight, flat_targets, cap), stream.extra, reports)
 
     def enter(self, ids: Tensor) -> Stream:
         """ids: [B, S]. What the first block is handed."""
