@@ -13,14 +13,17 @@ from models.cache import Cache
 from models.config import ModelConfig
 from models.contract import BYTES, Flops, PairCount, Slot, visible_pairs
 from models.model import Model
+from models.parameter import named_specs
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """total: all. active: touched by one token, the head included, the embedding's lookup not."""
+    """total: all. active: that one token is multiplied by, the head included. looked_up: rows of tables, of which a
+    token takes one each; a tied embedding is the head."""
 
     total: int
     active: int
+    looked_up: int
 
 
 def meta(config: ModelConfig) -> Model:
@@ -33,9 +36,10 @@ def parameters(model: Model) -> Parameters:
     """Counted on the model as it is built; routed experts count as active by top_k of E."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(feedforward.idle() for feedforward in model.feedforwards())
-    if not model.config.tied:
-        idle += model.embedding.weight.numel()
-    return Parameters(total, total - idle)
+    looked_up = sum(p.numel() for _, p, spec in named_specs(model) if spec.role == "embedding")
+    if model.config.tied:
+        looked_up -= model.embedding.weight.numel()
+    return Parameters(total, total - idle - looked_up, looked_up)
 
 
 def slot_bytes(slot: Slot) -> float:

@@ -51,6 +51,7 @@ def costs_of(model: Model, contexts: list[int]) -> Costs:
     return {
         "total": size.total,
         "active": size.active,
+        "looked_up": size.looked_up,
         "kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model)),
         "kv_bytes": {tokens: _whole(held["total"]) for tokens, held in cache.items()},
         "kv_bytes_by_kind": {
