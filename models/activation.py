@@ -1,4 +1,4 @@
-"""The functions that gate a feed-forward: SiLU, and GELU (arXiv 1606.08415) in its tanh form."""
+"""What gates a feed-forward (arXiv 2002.05202): f(gate) ⊙ up, f SiLU, or GELU (arXiv 1606.08415) in its tanh form."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Kind = Literal["silu", "gelu_tanh"]
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""(gate, up) to their product, the gate through a function."""
 
 
-def of(kind: Kind) -> Callable[[Tensor], Tensor]:
-    """The function of that name."""
-    return F.silu if kind == "silu" else gelu_tanh
+def gating(kind: Kind) -> Gating:
+    """With the function of that name."""
+    return swiglu if kind == "silu" else geglu
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU, the normal distribution approximated by a tanh."""
-    return F.gelu(x, approximate="tanh")
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up."""
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) ⊙ up, the normal distribution within GELU approximated by a tanh."""
+    return F.gelu(gate, approximate="tanh") * up

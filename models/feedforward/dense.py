@@ -29,9 +29,9 @@ class Config:
 class Dense(FeedForward):
     """Every token through the same three matrices."""
 
-    def __init__(self, width: int, hidden: int, gating: activation.Kind = "silu") -> None:
+    def __init__(self, width: int, hidden: int, kind: activation.Kind = "silu") -> None:
         super().__init__()
-        self.activate = activation.of(gating)
+        self.gated = activation.gating(kind)
         self.gate = Linear(width, hidden, ("hidden", "width"))
         self.up = Linear(width, hidden, ("hidden", "width"))
         self.down = Linear(hidden, width, ("width", "hidden"), "output")
@@ -40,7 +40,7 @@ class Dense(FeedForward):
         return Result(self.glu(x))
 
     def glu(self, x: Tensor) -> Tensor:
-        return self.down(self.activate(self.gate(x)) * self.up(x))
+        return self.down(self.gated(self.gate(x), self.up(x)))
 
     def flops(self) -> float:
         """Per token."""

@@ -69,7 +69,7 @@ class PerLayerEmbedding(FeedForward):
     def __init__(self, config: Config, width: int, vocab: int) -> None:
         super().__init__()
         c = self.config = config
-        self.activate = activation.of(c.activation)
+        self.gated = activation.gating(c.activation)
         self.declare("table", (vocab, c.hidden), ("vocab", "latent"), "embedding")
         self.context = Linear(width, c.hidden, ("latent", "width"))
         self.gate = Linear(width, c.hidden, ("latent", "width"))
@@ -82,7 +82,7 @@ class PerLayerEmbedding(FeedForward):
         token = F.embedding(carried["ids"], self.table).to(x.dtype) * scale
         context = self.context(embedded) * embedded.shape[-1] ** -0.5
         context = F.rms_norm(context, gain.shape, gain.to(x.dtype), self.config.norm_eps)
-        return Result(self.output(self.activate(self.gate(x)) * ((token + context) * 0.5**0.5)))
+        return Result(self.output(self.gated(self.gate(x), (token + context) * 0.5**0.5)))
 
     def flops(self) -> float:
         """Per token; a lookup is none."""
