@@ -3,7 +3,8 @@ the small ones with per-layer embeddings and a tail of layers that read others' 
 
 What Transformers keeps in a buffer, each layer's scalar, is trained here, as in JAX. Released files still hold keys and
 values of the layers that read others': nothing reads these, and they are not written back. On token ids alone the flag
-for bidirectional vision changes nothing.
+for bidirectional vision changes nothing. Transformers gives the padding token's rows no gradient from being looked up;
+here they get it, and whoever packs documents has no such token.
 """
 
 from __future__ import annotations
