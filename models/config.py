@@ -44,7 +44,7 @@ class ModelConfig:
 
     norm: before each sublayer and the head. post_norm: one more on each sublayer's output. block_scale: a number for
     each layer, by which the residual is multiplied at its end (both Gemma 4). embedding_scale: factor on the embedding,
-    rounded to the compute dtype.
+    rounded to the compute dtype. logit_cap: the logits are capped by a tanh to ± this.
     """
 
     vocab: int
@@ -58,8 +58,11 @@ class ModelConfig:
     post_norm: bool = False
     block_scale: bool = False
     embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
     def __post_init__(self) -> None:
+        if self.logit_cap is not None and self.logit_cap <= 0:
+            raise ValueError(f"logit_cap ({self.logit_cap}) must be positive; leave it null for none")
         if self.vocab < 2 or self.width < 1 or not self.layers:
             raise ValueError("vocab must be at least 2, width at least 1, and layers must not be empty")
 

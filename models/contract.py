@@ -297,11 +297,22 @@ class FeedForward(Module):
         """Per token."""
 
     def idle(self) -> int:
-        """Parameters that one token does not touch."""
+        """Parameters that one token is not multiplied by, tables that it is looked up in aside."""
         return 0
 
     def update_bias(self, load: Tensor) -> None:
         """One step of a selection bias, if there is one; load: [E], of the whole global batch."""
+
+
+class Entry(Module):
+    """What a scheme of several depths makes once, at the model's entry. provides: the names under which it is carried
+    to the depths that need it."""
+
+    provides: tuple[str, ...] = ()
+
+    @abstractmethod
+    def forward(self, ids: Tensor, embedded: Tensor) -> dict[str, Any]:
+        """ids: [B, S]; embedded: [B, S, D], scaled. Returns what it provides, by name."""
 
 
 class Residual(Module):

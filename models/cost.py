@@ -4,7 +4,7 @@ operations."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import linear_regression
 
 import torch
@@ -13,14 +13,17 @@ from models.cache import Cache
 from models.config import ModelConfig
 from models.contract import BYTES, Flops, PairCount, Slot, visible_pairs
 from models.model import Model
+from models.parameter import named_specs
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """total: all. active: touched by one token, the head included, the embedding's lookup not."""
+    """total: all. active: that one token is multiplied by, the head included. looked_up: rows of tables, of which a
+    token takes one each; a tied embedding is the head."""
 
     total: int
     active: int
+    looked_up: int
 
 
 def meta(config: ModelConfig) -> Model:
@@ -33,9 +36,10 @@ def parameters(model: Model) -> Parameters:
     """Counted on the model as it is built; routed experts count as active by top_k of E."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(feedforward.idle() for feedforward in model.feedforwards())
-    if not model.config.tied:
-        idle += model.embedding.weight.numel()
-    return Parameters(total, total - idle)
+    looked_up = sum(p.numel() for _, p, spec in named_specs(model) if spec.role == "embedding")
+    if model.config.tied:
+        looked_up -= model.embedding.weight.numel()
+    return Parameters(total, total - idle - looked_up, looked_up)
 
 
 def slot_bytes(slot: Slot) -> float:
@@ -43,21 +47,29 @@ def slot_bytes(slot: Slot) -> float:
     return sum(part.numbers * BYTES[part.format] for part in slot.parts)
 
 
-def written_slots(model: Model) -> list[Slot]:
-    """The slots of every layer that writes a state of its own."""
-    return [slot for attention in model.attentions() if attention.writes for slot in attention.slots()]
+def written_slots(model: Model, *, naive: bool = False) -> list[Slot]:
+    """The slots of every layer that writes a state of its own.
+
+    naive: as an engine without windows holds them, which keeps every entry though none beyond its reach is read.
+    """
+    slots = [slot for attention in model.attentions() if attention.writes for slot in attention.slots()]
+    return [replace(slot, reach=None) for slot in slots] if naive else slots
 
 
-def kv_bytes_per_token(model: Model) -> float:
+def kv_bytes_per_token(model: Model, *, naive: bool = False) -> float:
     """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not
-    grow."""
-    return sum(slot_bytes(s) / s.stride for s in written_slots(model) if s.kind == "entry" and s.reach is None)
+    grow. naive: see written_slots."""
+    slots = written_slots(model, naive=naive)
+    return sum(slot_bytes(slot) / slot.stride for slot in slots if slot.kind == "entry" and slot.reach is None)
 
 
-def kv_bytes(model: Model, context: int) -> dict[str, float]:
-    """Cache bytes of one sequence of `context` tokens: `entries`, `windows` and `tails` apart, and their `total`."""
+def kv_bytes(model: Model, context: int, *, naive: bool = False) -> dict[str, float]:
+    """Cache bytes of one sequence of `context` tokens: `entries`, `windows` and `tails` apart, and their `total`.
+
+    naive: see written_slots.
+    """
     total = {"entries": 0.0, "windows": 0.0, "tails": 0.0}
-    for slot in written_slots(model):
+    for slot in written_slots(model, naive=naive):
         kind = "tails" if slot.kind == "tail" else "entries" if slot.reach is None else "windows"
         total[kind] += slot.entries(context) * slot_bytes(slot)
     return total | {"total": sum(total.values())}

@@ -28,19 +28,28 @@ def chunk_length(num_tokens: int, vocab: int) -> int:
     return max(1, min(num_tokens, CHUNK_NUMBERS // vocab))
 
 
-def _loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of logits [N, V], in fp32, and its gradient in the logits' dtype."""
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), within ± cap (Gemma 2, arXiv 2408.00118, section 2), in fp32; None caps nothing."""
     wide = logits.to(full_precision(logits.dtype))
+    return wide if cap is None else cap * torch.tanh(wide / cap)
+
+
+def _loss_and_gradient(logits: Tensor, target: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of logits [N, V], capped, in fp32, and its gradient in the logits' dtype."""
+    wide = capped(logits, cap)
     scored = target != IGNORE
     index = target.clamp_min(0)[:, None]
     lse = torch.logsumexp(wide, -1, keepdim=True)
     loss = ((lse - wide.gather(1, index)).squeeze(1) * scored).sum()
     hit = torch.arange(logits.shape[1], device=logits.device) == index
-    return loss, ((torch.exp(wide - lse) - hit.to(wide.dtype)) * scored[:, None]).to(logits.dtype)
+    gradient = (torch.exp(wide - lse) - hit.to(wide.dtype)) * scored[:, None]
+    if cap is not None:
+        gradient = gradient * (1 - (wide / cap).square())
+    return loss, gradient.to(logits.dtype)
 
 
 @functools.cache
-def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _fused() -> Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]:
     """On a GPU: one pass over the logits instead of seven. On first use, because torch.compile takes seconds to
     load."""
     return torch.compile(_loss_and_gradient, dynamic=False)
@@ -48,8 +57,8 @@ def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         compute = weight.to(hidden.dtype)
         wide = full_precision(hidden.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -59,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         step = chunk_length(hidden.shape[0], weight.shape[0])
         for start in range(0, hidden.shape[0], step):
             rows, target = hidden[start : start + step], targets[start : start + step]
-            loss, grad = differentiate(F.linear(rows, compute), target)
+            loss, grad = differentiate(F.linear(rows, compute), target, cap)
             total += loss
             if grad_hidden is not None:
                 grad_hidden[start : start + step] = grad @ compute
@@ -70,33 +79,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]
         if grad_hidden is not None:
             grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Sum of the cross-entropies in nats of the scored tokens, one fp32 scalar.
 
-    hidden: [N, D]; weight: [V, D]; targets: [N], IGNORE where not scored.
+    hidden: [N, D]; weight: [V, D]; targets: [N], IGNORE where not scored; cap: of the logits.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, cap)
     return loss
 
 
 @torch.no_grad()
-def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def score(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """Per token: its cross-entropy in nats (0 where not scored), and whether the target has the highest logit. Both
     [N]."""
     losses, hits = [], []
     step = chunk_length(hidden.shape[0], weight.shape[0])
     for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
-        logits = F.linear(rows, weight.to(rows.dtype)).to(full_precision(rows.dtype))
+        logits = capped(F.linear(rows, weight.to(rows.dtype)), cap)
         losses.append(F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none"))
         hits.append(logits.argmax(-1) == target)
     return torch.cat(losses), torch.cat(hits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from conf.schema import Refused
 from models import loss, mechanism, norm
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer
 from models.config import Layer, ModelConfig, resolve
-from models.contract import Attention, FeedForward, Report, Residual, Sequence
+from models.contract import Attention, Entry, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
 from models.parameter import Module, Parametrization, named_specs
 from models.stream import Stream
@@ -64,12 +64,15 @@ class Model(nn.Module):
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
         residual = mechanism.config_of("residual", config.residual, "model.residual")
         self.embedding = Embedding(config.vocab, config.width)
+        layers = resolve(config)
+        self.entries = nn.ModuleList(_entries(layers))
         self.ends = residual.ends(config.width)
-        self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(resolve(config)))
+        self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(layers))
         self.norm = norm.build(config.norm, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab, ("vocab", "width"), "head")
         _refuse_misread(self.attention_sublayers())
-        self.entry_live = _mark_live([sublayer for block in self.depths() for sublayer in block.sublayers()])
+        at_entry = {"ids", "embedding"}.union(*(entry.provides for entry in self.entries))  # type: ignore[arg-type]
+        self.entry_live = _mark_live([sublayer for block in self.depths() for sublayer in block.sublayers()], at_entry)
 
     def depths(self) -> list[Block]:
         """The blocks, in order of depth."""
@@ -118,20 +121,22 @@ class Model(nn.Module):
             reports.append(report)
         hidden = self.norm(self.ends.leave(stream.residual))
         weight = self.embedding.weight if self.head is None else self.head.weight
+        cap = self.config.logit_cap
         if targets is None:
-            logits = F.linear(hidden, weight.to(hidden.dtype))
-            return logits.float() if logits.dtype != torch.float64 else logits
+            return loss.capped(F.linear(hidden, weight.to(hidden.dtype)), cap)
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if score:
-            return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets)))
-        return Losses(loss.cross_entropy(flat, weight, flat_targets), stream.extra, reports)
+            return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets, cap)))
+        return Losses(loss.cross_entropy(flat, weight, flat_targets, cap), stream.extra, reports)
 
     def enter(self, ids: Tensor) -> Stream:
         """ids: [B, S]. What the first block is handed."""
         embedded = self.embedding(ids, self.compute_dtype)
         if self.config.embedding_scale != 1.0:
             embedded = embedded * torch.tensor(self.config.embedding_scale, dtype=embedded.dtype).item()
-        carried = {"ids": ids, "embedding": embedded}
+        carried: dict[str, Any] = {"ids": ids, "embedding": embedded}
+        for entry in self.entries:
+            carried |= entry(ids, embedded)
         live = {name: value for name, value in carried.items() if name in self.entry_live}
         return Stream.start(self.ends.enter(embedded), live)
 
@@ -159,20 +164,30 @@ def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Bloc
         "feedforward": FeedForwardSublayer(layer.feedforward.build(config.width), *around()),
     }
     if layer.injection is not None:
-        sublayers["injection"] = FeedForwardSublayer(layer.injection.build(config.width, index), *around())
+        sublayers["injection"] = FeedForwardSublayer(layer.injection.build(config.width, config.vocab), *around())
     return Block(sublayers, scaled=config.block_scale)
 
 
-def _mark_live(sublayers: list[Sublayer]) -> frozenset[str]:
+def _entries(layers: list[Layer]) -> list[Entry]:
+    """One for all depths of the same injection. Raises Refused where two make different things under one name."""
+    made = {layer.injection: layer.injection.entry() for layer in layers if layer.injection is not None}
+    entries = [entry for entry in made.values() if entry is not None]
+    names = [name for entry in entries for name in entry.provides]
+    if len(set(names)) < len(names):
+        raise Refused("model.layers: all depths share one injection; give it the same settings wherever it stands.")
+    return entries
+
+
+def _mark_live(sublayers: list[Sublayer], at_entry: Collection[str]) -> frozenset[str]:
     """Every sublayer learns which carried names a later one reads. Returns those that the first one is handed.
 
-    Raises Refused for a name that nobody before its reader provides.
+    at_entry: the names that there are from the start. Raises Refused for a name that nobody before its reader provides.
     """
     live: frozenset[str] = frozenset()
     for sublayer in reversed(sublayers):
         sublayer.keep(live)
         live = (live - set(sublayer.provides)) | set(sublayer.needs)
-    if missing := live - {"ids", "embedding"}:
+    if missing := live.difference(at_entry):
         raise Refused(f"model.layers: a layer reads {min(missing)!r}, which no layer before it provides.")
     return live
 

@@ -12,17 +12,34 @@ from models.parameter import Module
 
 
 class RMSNorm(Module):
-    """x / rms(x) · gain over the last dim of size `size`."""
+    """x / rms(x) · gain over the last dim of size `size`. start: of the gain."""
 
     gain: Tensor
 
-    def __init__(self, size: int, eps: float, axis: str = "width") -> None:
+    def __init__(self, size: int, eps: float, axis: str = "width", start: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
-        self.declare("gain", (size,), (axis,), "gain")
+        _declare_gain(self, size, axis, start)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.gain.to(x.dtype), self.eps)
+
+
+class Gain(Module):
+    """x · gain over the last dim of size `size`, for what is normalised already. start: of the gain."""
+
+    gain: Tensor
+
+    def __init__(self, size: int, axis: str = "width", start: float = 1.0) -> None:
+        super().__init__()
+        _declare_gain(self, size, axis, start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain.to(x.dtype)
+
+
+def _declare_gain(module: Module, size: int, axis: str, start: float) -> None:
+    module.declare("gain", (size,), (axis,), "gain", start=None if start == 1.0 else lambda gain: gain.fill_(start))
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:

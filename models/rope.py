@@ -1,4 +1,5 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), stretched by YaRN (arXiv 2309.00071)."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), stretched by YaRN (arXiv 2309.00071), or of the fast pairs
+alone (p-RoPE, arXiv 2410.06205)."""
 
 from __future__ import annotations
 
@@ -36,25 +37,29 @@ class Yarn:
 class Rope:
     """How a slice of even size is rotated.
 
-    pairing: which numbers form a pair, (2i, 2i+1) or (i, i + size/2).
+    pairing: which numbers form a pair, (2i, 2i+1) or (i, i + size/2). proportion: share of the pairs that turn, the
+    fastest, at the frequencies that they have where all turn; the others carry no position.
     """
 
     base: float = 10_000.0
     pairing: Literal["interleaved", "half"] = "half"
     yarn: Yarn | None = None
+    proportion: float = 1.0
 
     def __post_init__(self) -> None:
         if self.base <= 1:
             raise ValueError(f"base ({self.base}) must be above 1, so that each pair turns slower than the one before")
+        if not 0 <= self.proportion <= 1:
+            raise ValueError(f"proportion ({self.proportion}) must lie between 0 and 1, a share of the pairs")
 
     def frequencies(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[size / 2], radians per position."""
         exponent = torch.arange(0, size, 2, dtype=dtype, device=device) / size
-        frequency = 1.0 / self.base**exponent
+        pair = torch.arange(size // 2, dtype=dtype, device=device)
+        frequency = (pair < int(self.proportion * size // 2)) / self.base**exponent
         if self.yarn is None:
             return frequency
         low, high = self._ramp_ends(size, self.yarn)
-        pair = torch.arange(size // 2, dtype=dtype, device=device)
         slow = ((pair - low) / (high - low or 0.001)).clamp(0, 1)
         return frequency / self.yarn.factor * slow + frequency * (1 - slow)
 

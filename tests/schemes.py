@@ -111,6 +111,10 @@ def gqa(**changes: Any) -> Plan:
     return {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 6, **changes}
 
 
+def tied_kv(**changes: Any) -> Plan:
+    return {"scheme": "tied_kv", "heads": 4, "kv_heads": 2, "head_dim": 6, "scale": 1.0, **changes}
+
+
 def mla(**changes: Any) -> Plan:
     sizes = {"heads": 3, "latent": 10, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
     return {"scheme": "mla", **sizes, **changes}
@@ -134,9 +138,26 @@ def tpa(**changes: Any) -> Plan:
     return {"scheme": "tpa", "heads": 3, "head_dim": 6, **ranks, **changes}
 
 
-def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None) -> Plan:
-    return {"attention": attention, "feedforward": feedforward, "reads": reads}
+def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None, injection: Plan | None = None) -> Plan:
+    return {"attention": attention, "feedforward": feedforward, "reads": reads, "injection": injection}
 
+
+PLE: Plan = {"scheme": "ple", "hidden": 5}
+
+PARALLEL: Plan = {
+    "scheme": "parallel",
+    "experts": 5,
+    "top_k": 2,
+    "hidden": 8,
+    "shared_hidden": 7,
+    "activation": "gelu_tanh",
+    "balance_loss": 0.3,
+    "z_loss": 0.1,
+}
+
+GEGLU: Plan = {**DENSE, "activation": "gelu_tanh"}
+
+SANDWICH: Plan = {"post_norm": True, "block_scale": True, "embedding_scale": 4.0, "logit_cap": 3.0, "tied": True}
 
 YARN: Plan = {"base": 100.0, "pairing": "interleaved", "yarn": {"factor": 4.0, "original_length": 6}}
 
@@ -146,6 +167,18 @@ TABLE: dict[str, Row] = {
     "mqa": Row((layer(gqa(kv_heads=1, rope=None)),), {"tied": True}),
     "gqa window": Row((layer(gqa(window=5)), layer(gqa(window=2)))),
     "gqa qk-norm bias": Row((layer(gqa(qk_norm=True, bias=True)),)),
+    "gqa value-norm scale p-rope": Row(
+        (layer(gqa(qk_norm=True, value_norm=True, scale=1.0, rope={"proportion": 0.4})),)
+    ),
+    "tied_kv": Row((layer(tied_kv()), layer(tied_kv(window=5, bias=True)))),
+    "tied_kv values": Row((layer(tied_kv(keeps="value", window=5)), layer(tied_kv(keeps="value")))),
+    "tied_kv shared": Row((layer(tied_kv()), layer(tied_kv(heads=6), reads=0))),
+    "tied_kv values shared": Row((layer(tied_kv(keeps="value")), layer(tied_kv(keeps="value", heads=6), reads=0))),
+    "ple": Row((layer(gqa(), injection=PLE), layer(gqa()), layer(mla(), SOFTMAX, injection=PLE))),
+    "ple shared": Row(
+        (layer(gqa(window=4), GEGLU, injection=PLE), layer(gqa(window=4), GEGLU, reads=0, injection=PLE)), SANDWICH
+    ),
+    "parallel experts": Row((layer(gqa(), PARALLEL), layer(tied_kv(), PARALLEL)), SANDWICH),
     "mla": Row((layer(mla()),)),
     "mla query-latent": Row((layer(mla(query_latent=7, bias=True, scale_multiplier=1.3, rope=YARN)),)),
     "mla narrow latent": Row((layer(mla(latent=3, value_dim=8)),)),

@@ -143,13 +143,17 @@ def loaded(path: Path) -> Any:
     ).eval()
 
 
-def assert_near(ours: Tensor, theirs: Tensor, what: str) -> None:
-    error, scale = (ours - theirs).norm().item(), theirs.norm().item()
-    assert error <= TOLERANCE * scale, f"{what}: {error:.3g} of {scale:.3g}"
+def assert_near(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE, least: float = 0.0) -> None:
+    """Relative to the norm of theirs, but no smaller than `least`."""
+    error, scale = (ours - theirs).norm().item(), max(theirs.norm().item(), least)
+    assert error <= tolerance * scale, f"{what}: {error:.3g} of {scale:.3g}"
 
 
-def assert_same_gradients(ours: Model, theirs: Any) -> None:
-    """Theirs under our names, by the same translation that imports weights."""
+def assert_same_gradients(ours: Model, theirs: Any, tolerance: float = TOLERANCE, floor: float = 0.0) -> None:
+    """Theirs under our names, by the same translation that imports weights.
+
+    floor: a gradient that is a smaller share of all gradients is judged as if it were that large.
+    """
     model_type: str = theirs.config.model_type
     names = published.family(model_type, "").tensor_names(ours.config)
     gradients = {
@@ -158,9 +162,37 @@ def assert_same_gradients(ours: Model, theirs: Any) -> None:
     }
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     translated = Ours(gradients, shapes, names, model_type)
+    least = floor * torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
-        assert_near(parameter.grad, translated[name], name)
+        assert_near(parameter.grad, translated[name], name, tolerance, least)
+
+
+def assert_equal(
+    theirs: Any, draw: random.Random, folder: Path, tolerance: float = TOLERANCE, floor: float = 0.0
+) -> None:
+    """Logits, every gradient, and import and export of a reference, by way of `folder`."""
+    model_type: str = theirs.config.model_type
+    theirs.save_pretrained(folder / "hf", max_shard_size=draw.choice(["4KB", "1GB"]))
+    ours = load_model(folder / "hf")
+
+    ids = torch.randint(ours.config.vocab, (draw.randint(1, 2), draw.choice([1, 2, 5, 13, 24])))
+    expected = theirs(ids).logits
+    logits = ours(ids, Whole.rows(*ids.shape))
+    assert isinstance(logits, Tensor)
+    assert_near(logits, expected, "logits", tolerance)
+    projection = torch.randn_like(expected)
+    (expected * projection).sum().backward()
+    (logits * projection).sum().backward()
+    assert_same_gradients(ours, theirs, tolerance, floor)
+
+    imported = open_weights(folder / "hf")
+    save_model(folder / "ours", imported.config, imported.tensors)
+    assert export_model(folder / "back", open_weights(folder / "ours")) == model_type
+    before, after = Shards(folder / "hf"), Shards(folder / "back")
+    assert set(after) == {name for name in before if before[name].numel()}
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert_near(loaded(folder / "back")(ids).logits, expected, "logits of the export", tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -169,27 +201,7 @@ def assert_same_gradients(ours: Model, theirs: Any) -> None:
 def test_equals_transformers(model_type: str, seed: int, tmp_path: Path) -> None:
     draw = random.Random(f"{model_type} {seed}")
     torch.manual_seed(seed)
-    theirs = reference(model_type, **FAMILIES[model_type](draw))
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size=draw.choice(["4KB", "1GB"]))
-    ours = load_model(tmp_path / "hf")
-
-    ids = torch.randint(ours.config.vocab, (draw.randint(1, 2), draw.choice([1, 2, 5, 13, 24])))
-    expected = theirs(ids).logits
-    logits = ours(ids, Whole.rows(*ids.shape))
-    assert isinstance(logits, Tensor)
-    assert_near(logits, expected, "logits")
-    projection = torch.randn_like(expected)
-    (expected * projection).sum().backward()
-    (logits * projection).sum().backward()
-    assert_same_gradients(ours, theirs)
-
-    imported = open_weights(tmp_path / "hf")
-    save_model(tmp_path / "ours", imported.config, imported.tensors)
-    assert export_model(tmp_path / "back", open_weights(tmp_path / "ours")) == model_type
-    before, after = Shards(tmp_path / "hf"), Shards(tmp_path / "back")
-    assert set(after) == {name for name in before if before[name].numel()}
-    assert all(torch.equal(before[name], after[name]) for name in after)
-    assert_near(loaded(tmp_path / "back")(ids).logits, expected, "logits of the export")
+    assert_equal(reference(model_type, **FAMILIES[model_type](draw)), draw, tmp_path)
 
 
 def tiny(model_type: str, **values: Any) -> Any:

@@ -39,16 +39,25 @@ def targets_of(kind: str, num_tokens: int) -> Tensor:
 
 KINDS = ["all scored", "every third left out", "chunks left out", "none scored"]
 
+CAPS = [pytest.param(None, id="not capped"), pytest.param(1.5, id="capped")]
 
+
+def logits_of(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    """All of them, by autograd's own operations."""
+    logits = hidden @ weight.T
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tokens", [1, 8, 29])
 @pytest.mark.usefixtures("chunk")
-def test_value_and_gradients(num_tokens: int, kind: str) -> None:
+def test_value_and_gradients(num_tokens: int, kind: str, cap: float | None) -> None:
     hidden, weight = inputs(num_tokens)
     targets = targets_of(kind, num_tokens)
     # scaled as a mean over more tokens than are in hand, so that the incoming gradient is not one
-    ours = loss.cross_entropy(hidden, weight, targets) / 7
-    theirs = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum") / 7
+    ours = loss.cross_entropy(hidden, weight, targets, cap) / 7
+    theirs = F.cross_entropy(logits_of(hidden, weight, cap), targets, ignore_index=IGNORE, reduction="sum") / 7
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(ours, (hidden, weight))
     for gradient, expected in zip(gradients, torch.autograd.grad(theirs, (hidden, weight)), strict=True):
@@ -78,13 +87,14 @@ def test_logits_of_all_tokens_are_never_held(chunk: int) -> None:
     assert widest == max(VOCAB * min(chunk, 29), weight.numel())
 
 
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("chunk")
-def test_scores(kind: str) -> None:
+def test_scores(kind: str, cap: float | None) -> None:
     hidden, weight = inputs(29)
     targets = targets_of(kind, 29)
-    losses, hits = loss.score(hidden, weight, targets)
-    logits = hidden @ weight.T
+    losses, hits = loss.score(hidden, weight, targets, cap)
+    logits = logits_of(hidden, weight, cap)
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
     assert torch.equal(hits, logits.argmax(1) == targets)
     assert not losses[targets == IGNORE].any()
@@ -111,3 +121,14 @@ def test_logits_far_from_zero_do_not_overflow() -> None:
     value = loss.cross_entropy(hidden, weight, targets_of("all scored", 29))
     assert value.isfinite()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, (hidden, weight)))
+
+
+def test_compiled_is_the_same() -> None:
+    """The chunk's loss and gradient, as they are compiled for a GPU."""
+    logits, targets = torch.randn(8, VOCAB, dtype=torch.float64), targets_of("every third left out", 8)
+    compiled = torch.compile(loss._loss_and_gradient, backend="aot_eager", fullgraph=True, dynamic=False)
+    for cap in (None, 1.5):
+        for ours, theirs in zip(
+            compiled(logits, targets, cap), loss._loss_and_gradient(logits, targets, cap), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -176,7 +176,7 @@ def test_layer_is_a_sum_over_its_experts(shared_hidden: int, favourite: int | No
         assert result.report["load"][favourite] == 10
     rows = []
     for n, token in enumerate(x.flatten(0, 1)):
-        out = torch.zeros(8, dtype=torch.float64) if layer.shared is None else layer.shared.swiglu(token)
+        out = torch.zeros(8, dtype=torch.float64) if layer.shared is None else layer.shared.glu(token)
         for e, weight in zip(routing.experts[n], routing.weights[n], strict=True):
             gate, up = (layer.experts.gate_up[e] @ token).chunk(2)
             out = out + weight * (layer.experts.down[e] @ (torch.nn.functional.silu(gate) * up))

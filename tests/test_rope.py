@@ -110,3 +110,21 @@ def test_an_impossible_stretch_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="YaRN"):
         Yarn(**wrong)  # type: ignore[arg-type]
     assert math.isfinite(Yarn(1.0, 1).factor)
+
+
+def test_p_rope_turns_the_fast_pairs_at_the_whole_heads_frequencies() -> None:
+    """Gemma 4's full layers: 64 of the 256 pairs of a head of 512, by numbers read off the reference."""
+    rope = Rope(base=1e6, proportion=0.25)
+    frequencies = rope.frequencies(512, torch.device("cpu"), torch.float64)
+    assert frequencies[[0, 1, 63]].tolist() == pytest.approx([1.0, 0.94746, 0.033376], rel=1e-4)
+    assert (frequencies > 0).tolist() == [True] * 64 + [False] * 192
+    x = torch.randn(1, 1, 512)
+    turned = (rope.rotate(x, torch.tensor([[9]])) != x).flatten()
+    assert turned.nonzero().flatten().tolist() == [*range(64), *range(256, 320)]
+    assert torch.equal(Rope(proportion=0.0).rotate(x, torch.tensor([[9]])), x)
+
+
+@pytest.mark.parametrize("proportion", [-0.1, 1.1])
+def test_a_proportion_is_a_share(proportion: float) -> None:
+    with pytest.raises(ValueError, match="proportion"):
+        Rope(proportion=proportion)

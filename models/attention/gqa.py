@@ -1,8 +1,8 @@
 """Grouped-query attention (arXiv 2305.13245): K KV heads for H query heads; K = H is MHA, K = 1 is MQA (arXiv
 1911.02150).
 
-Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), and a sliding window
-(arXiv 2004.05150).
+Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), one without a gain on
+each value head (Gemma 4), and a sliding window (arXiv 2004.05150).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.contract import (
     Attention,
+    Entries,
     Flops,
     PairCount,
     Part,
@@ -28,20 +29,26 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
-from models.norm import RMSNorm
+from models.norm import Gain, RMSNorm, unit_rms
 from models.rope import Rope
 
 
 @dataclass(frozen=True)
 class Config:
     """window: tokens a query reads, itself included; null reads all. bias: in all four projections. rope: null for no
-    positions."""
+    positions.
+
+    scale: of the scores; null for 1 / √head_dim. With another one, QK-norm's key gain starts where the scores are as
+    wide as with that one, or the softmax of an untrained model would be saturated.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None = None
     qk_norm: bool = False
+    value_norm: bool = False
+    scale: float | None = None
     bias: bool = False
     norm_eps: float = 1e-6
     rope: Rope | None = field(default_factory=Rope)
@@ -51,6 +58,8 @@ class Config:
             raise ValueError("heads, kv_heads and head_dim must be positive")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"scale ({self.scale}) must be positive; leave it null for 1 / √head_dim")
         if self.rope and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated")
         if self.window is not None and self.window < 1:
@@ -66,45 +75,64 @@ class GQA(Attention):
     """K and V of each KV head are cached as they are read."""
 
     core: Core = staticmethod(blockwise.core)
+    key_norm: RMSNorm | Gain | None
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.scale = writes, width, c.head_dim**-0.5
+        self.writes, self.width = writes, width
+        self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
         self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
         self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
-        if writes:
-            self.key = Linear(width, c.kv_heads * c.head_dim, ("kv_heads", "width"), bias=c.bias)
-            self.value = Linear(width, c.kv_heads * c.head_dim, ("kv_heads", "width"), bias=c.bias)
-            self.key_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
+        self.build_state()
+
+    def build_state(self) -> None:
+        """Declare what the state is made with."""
+        if self.writes:
+            c = self.config
+            self.key = Linear(self.width, c.kv_heads * c.head_dim, ("kv_heads", "width"), bias=c.bias)
+            self.value = Linear(self.width, c.kv_heads * c.head_dim, ("kv_heads", "width"), bias=c.bias)
+            self.key_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim", self.first_gain()) if c.qk_norm else None
+
+    def first_gain(self) -> float:
+        """Of the keys: scores of an untrained model are then as wide as with the usual scale."""
+        return float(self.config.head_dim**-0.5 / self.scale)
 
     def slots(self) -> tuple[Slot, ...]:
         dims = (("kv_heads", self.config.kv_heads), ("head_dim", self.config.head_dim))
         return (Slot("kv", (Part("key", dims), Part("value", dims)), reach=self.config.window),)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, State]:
-        query = self._heads(self.query(x), self.query_norm, sequence)
-        if not self.writes:
-            return query, {}
-        key = self._heads(self.key(x), self.key_norm, sequence)
-        value = self.value(x).unflatten(-1, (-1, self.config.head_dim))
-        return query, {"kv": at_tokens(sequence, {"key": key, "value": value})}
+        query = self.heads(self.query(x))
+        query = self.rotated(query if self.query_norm is None else self.query_norm(query), sequence.position)
+        return query, {"kv": at_tokens(sequence, self.leave(x, sequence.position))} if self.writes else {}
+
+    def leave(self, x: Tensor, position: Tensor) -> dict[str, Tensor]:
+        """The parts of the entries that the tokens in hand leave, each [B, S, K, d]."""
+        key, value = self.heads(self.key(x)), self.heads(self.value(x))
+        if self.config.value_norm:
+            value = unit_rms(value, self.config.norm_eps)
+        return {"key": self.rotated(key if self.key_norm is None else self.key_norm(key), position), "value": value}
+
+    def keys_values(self, kv: Entries) -> tuple[Tensor, Tensor]:
+        """What is read of entries, each [B, T, K, d]."""
+        return kv.parts["key"], kv.parts["value"]
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
-        readables = [
-            (kv.parts["key"], kv.parts["value"], Visibility.of(kv, sequence, self.config.window)) for kv in pieces["kv"]
-        ]
+        window = self.config.window
+        readables = [(*self.keys_values(kv), Visibility.of(kv, sequence, window)) for kv in pieces["kv"]]
         return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        projections = self.query.flops() + self.output.flops()
-        if self.writes:
-            projections += self.key.flops() + self.value.flops()
+        projections = sum(linear.flops() for linear in self.children() if isinstance(linear, Linear))
         per_pair = 4.0 * self.config.heads * self.config.head_dim
         return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)
 
-    def _heads(self, x: Tensor, norm: RMSNorm | None, sequence: Sequence) -> Tensor:
-        x = x.unflatten(-1, (-1, self.config.head_dim))
-        x = x if norm is None else norm(x)
-        return x if self.config.rope is None else self.config.rope.rotate(x, sequence.position)
+    def heads(self, x: Tensor) -> Tensor:
+        """[..., n · d] to [..., n, d]."""
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def rotated(self, x: Tensor, position: Tensor) -> Tensor:
+        """x: [B, S, n, d]; position: [B, S]."""
+        return x if self.config.rope is None else self.config.rope.rotate(x, position)

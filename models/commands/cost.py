@@ -45,18 +45,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def costs_of(model: Model, contexts: list[int]) -> Costs:
-    """Parameters, bytes (in the formats that the slots declare) and operations; by context where they depend on it."""
+    """Parameters, bytes (in the formats that the slots declare) and operations; by context where they depend on it.
+
+    naive: of the cache, as an engine without windows holds it.
+    """
     size = cost.parameters(model)
     cache = {str(tokens): cost.kv_bytes(model, tokens) for tokens in contexts}
     return {
         "total": size.total,
         "active": size.active,
+        "looked_up": size.looked_up,
         "kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model)),
         "kv_bytes": {tokens: _whole(held["total"]) for tokens, held in cache.items()},
         "kv_bytes_by_kind": {
             tokens: {kind: _whole(number) for kind, number in held.items() if kind != "total"}
             for tokens, held in cache.items()
         },
+        "naive_kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model, naive=True)),
+        "naive_kv_bytes": {str(n): _whole(cost.kv_bytes(model, n, naive=True)["total"]) for n in contexts},
         "growth_exponent": round(cost.growth_exponent(model), 3),
         "flop_per_byte": {str(n): round(cost.flop_per_byte(model, n), 3) for n in contexts},
         "read_bytes_per_step": {str(n): _whole(cost.read_bytes_per_step(model, n)) for n in contexts},
@@ -133,10 +139,10 @@ def tables(costs: Mapping[str, Costs], contexts: list[int]) -> str:
         lines += [
             "",
             f"{int(context):,} tokens of context",
-            header("KV cache", "read / step", "FLOP / byte", "decode FLOP", "prefill FLOP"),
+            header("KV cache", "naive cache", "read / step", "FLOP / byte", "decode FLOP", "prefill FLOP"),
         ]
         for name, entry in costs.items():
-            shown = [cell(entry, key, _bytes, context) for key in ("kv_bytes", "read_bytes_per_step")]
+            shown = [cell(entry, key, _bytes, context) for key in ("kv_bytes", "naive_kv_bytes", "read_bytes_per_step")]
             shown += [cell(entry, "flop_per_byte", _plain, context)]
             shown += [cell(entry, key, _flops, context) for key in ("decode_flops", "prefill_flops")]
             lines.append(f"{name:{width}}" + "".join(shown))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models import activation
 from models.contract import FeedForward, Result, Sequence
 from models.feedforward.dense import Dense
 from models.moe import balance, dispatch, router
@@ -26,6 +27,7 @@ class Config:
     top_k: int
     hidden: int
     shared_hidden: int = 0
+    activation: activation.Kind = "silu"
     router: router.Config = field(default_factory=router.Config)
     balance_loss: float = 0.0
     z_loss: float = 0.0
@@ -59,19 +61,19 @@ class MoE(FeedForward):
         super().__init__()
         c = self.config = config
         self.router = router.Router(c.router, width, c.experts, c.top_k)
-        self.experts = Experts(width, c.hidden, c.experts)
-        self.shared = Dense(width, c.shared_hidden) if c.shared_hidden else None
+        self.experts = Experts(width, c.hidden, c.experts, c.activation)
+        self.shared = Dense(width, c.shared_hidden, c.activation) if c.shared_hidden else None
 
     def forward(self, x: Tensor, sequence: Sequence, carried: Mapping[str, Any]) -> Result:
-        """Reports the load [E]."""
+        mixed = self.mix(x, self.router(x.flatten(0, 1)), sequence)
+        return mixed if self.shared is None else replace(mixed, y=mixed.y + self.shared.glu(x))
+
+    def mix(self, x: Tensor, routing: router.Routing, sequence: Sequence) -> Result:
+        """x through its experts: [B, S, D]. With the losses of its routing; reports the load [E]."""
         c, (batch, length, _) = self.config, x.shape
-        flat = x.flatten(0, 1)
-        routing = self.router(flat)
         order = dispatch.by_expert(routing.experts, c.experts)
-        y = dispatch.gather(self.experts(dispatch.spread(flat, order), order.load), routing.weights, order)
-        y = y.view_as(x)
-        if self.shared is not None:
-            y = y + self.shared.swiglu(x)
+        copies = self.experts(dispatch.spread(x.flatten(0, 1), order), order.load)
+        y = dispatch.gather(copies, routing.weights, order).view_as(x)
         extra = None
         if c.balance_loss:
             affinity = routing.affinity.view(batch, length, -1)

@@ -1,1 +1,4 @@
-"""What a layer adds to the residual from the token itself, after its feed-forward; one mechanism a file."""
+"""The menu of what a layer injects from the token itself: `scheme: x` means the file `x.py` of this folder.
+
+A Config has `build(width, vocab)`, a FeedForward, and `entry()`, a contract.Entry for all depths together or None.
+"""

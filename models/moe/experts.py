@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models import activation
+from models.activation import Gating, swiglu
 from models.parameter import Module
 
 
 class Experts(Module):
-    """E SwiGLU experts (arXiv 2002.05202) of width `hidden`."""
+    """E gated experts (arXiv 2002.05202) of width `hidden`."""
 
     gate_up: Tensor
     down: Tensor
 
-    def __init__(self, width: int, hidden: int, num_experts: int) -> None:
+    def __init__(self, width: int, hidden: int, num_experts: int, kind: activation.Kind = "silu") -> None:
         super().__init__()
+        self.gated = activation.gating(kind)
         self.width, self.hidden, self.num_experts = width, hidden, num_experts
         gate_up = (num_experts, 2 * hidden, width)
         self.declare("gate_up", gate_up, ("experts", "hidden", "width"), "expert", split=(hidden, hidden))
@@ -25,26 +28,26 @@ class Experts(Module):
     def forward(self, x: Tensor, load: Tensor) -> Tensor:
         """x: [N, D], the first load[0] rows for expert 0, and so on; load: [E] integers. Returns [N, D]."""
         gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
-        return (grouped if _has_grouped_gemm(x, self.hidden) else loop)(x, load, gate_up, down)
+        return (grouped if _has_grouped_gemm(x, self.hidden) else loop)(x, load, gate_up, down, self.gated)
 
     def flops(self) -> float:
         """Per token and expert."""
         return 6.0 * self.width * self.hidden
 
 
-def grouped(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor, gated: Gating = swiglu) -> Tensor:
     """Two grouped GEMMs, without telling the host how many tokens each expert has."""
     ends = load.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    return F.grouped_mm(gated(gate, up), down.transpose(1, 2), offs=ends)
 
 
-def loop(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def loop(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor, gated: Gating = swiglu) -> Tensor:
     """Expert after expert; any precision, one host sync."""
     outs = []
     for rows, w_in, w_out in zip(x.split(load.tolist()), gate_up, down, strict=True):
         gate, up = F.linear(rows, w_in).chunk(2, -1)
-        outs.append(F.linear(F.silu(gate) * up, w_out))
+        outs.append(F.linear(gated(gate, up), w_out))
     return torch.cat(outs)
 
 

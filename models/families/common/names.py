@@ -3,21 +3,36 @@
 A table has one row for each kind of tensor of ours, `{layer}` standing for the depth. Its value is a tuple of
 spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
 on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
-other.
+other. A `Share` is a depth's part of one tensor for all depths.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from conf.schema import Refused
 
-Spelling = str | tuple[str, ...]
+
+@dataclass(frozen=True)
+class Share:
+    """Of a tensor that holds the parts of all depths, one after another along `dim`, the part of depth `layer`."""
+
+    name: str
+    dim: int
+    layer: int = 0
+
+
+Spelling = str | tuple[str, ...] | Share
 Names = Mapping[str, tuple[Spelling, ...]]
+
+IGNORED = "ignored"
+"""The row of a table that is no tensor of ours: regular expressions for tensors of theirs that a language model leaves
+unread."""
 
 _OURS_LAYER = re.compile(r"(?<=^blocks\.)\d+(?=\.)")
 _HEAD = "head.weight"
@@ -36,6 +51,7 @@ class Ours(Mapping[str, Tensor]):
     ) -> None:
         self._theirs, self._shapes, self._where = theirs, shapes, where
         self._sources = {name: _present(name, shape, theirs, names, where) for name, shape in shapes.items()}
+        self._shared: dict[str, Tensor] = {}
         self._refuse_unread(names)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -57,6 +73,9 @@ class Ours(Mapping[str, Tensor]):
     def _read(self, spelling: Spelling, shape: torch.Size) -> Tensor:
         if isinstance(spelling, str):
             return self._theirs[spelling]
+        if isinstance(spelling, Share):
+            size = shape[spelling.dim]
+            return self._whole(spelling, size).narrow(spelling.dim, spelling.layer * size, size)
         experts = [[self._theirs[part.format(expert=e)] for part in spelling] for e in range(shape[0])]
         try:
             return torch.stack([torch.cat(parts) for parts in experts])
@@ -65,9 +84,23 @@ class Ours(Mapping[str, Tensor]):
                 f"{self._where} holds {_text(spelling)} of shapes that differ from expert to expert."
             ) from None
 
+    def _whole(self, share: Share, size: int) -> Tensor:
+        """The tensor of all depths, read once. Raises Refused where it has not one part for each."""
+        if share.name not in self._shared:
+            self._shared[share.name] = self._theirs[share.name]
+        whole = self._shared[share.name]
+        depths = _depths(share.name, self._sources.values())
+        if whole.shape[share.dim] != depths * size:
+            raise Refused(
+                f"{self._where} holds {share.name} of shape {list(whole.shape)}, but its configuration means {depths} "
+                f"parts of {size}; the two do not belong together."
+            )
+        return whole
+
     def _refuse_unread(self, names: Names) -> None:
         read = {name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])}
-        unread = [name for name in self._theirs if name not in read]
+        ignored = [re.compile(pattern) for pattern in names.get(IGNORED, ()) if isinstance(pattern, str)]
+        unread = [name for name in self._theirs if name not in read and not any(p.fullmatch(name) for p in ignored)]
         if _HEAD not in self._shapes:
             unread = [name for name in unread if not (name in names[_HEAD] and self._is_embedding(name))]
         # Transformers writes matrices without numbers for a feed-forward of width 0
@@ -84,11 +117,20 @@ class Ours(Mapping[str, Tensor]):
 
 
 def to_theirs(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor under the name that Transformers writes; a stack of experts one by one."""
-    for name, tensor in ours.items():
-        spelling = _spellings(name, names)[0]
+    """Each tensor under the name that Transformers writes; a stack of experts one by one, parts together."""
+    written = {name: _spellings(name, names)[0] for name in ours}
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, spelling in written.items():
+        tensor = ours[name]
         if isinstance(spelling, str):
             yield spelling, tensor
+            continue
+        if isinstance(spelling, Share):
+            held = parts.setdefault(spelling.name, {})
+            held[spelling.layer] = tensor
+            if len(held) == _depths(spelling.name, written.values()):
+                yield spelling.name, torch.cat([held[layer] for layer in sorted(held)], spelling.dim)
+                del parts[spelling.name]
             continue
         for expert, rows in enumerate(tensor):
             for part, matrix in zip(spelling, rows.chunk(len(spelling)), strict=True):
@@ -100,10 +142,19 @@ def _spellings(name: str, names: Names) -> list[Spelling]:
     layer = found.group() if found else ""
     row = names[_OURS_LAYER.sub("{layer}", name)]
 
-    def at_layer(text: str) -> str:
-        return text.replace("{layer}", layer)
+    def at_layer(spelling: Spelling) -> Spelling:
+        if isinstance(spelling, str):
+            return spelling.replace("{layer}", layer)
+        if isinstance(spelling, Share):
+            return replace(spelling, layer=int(layer))
+        return tuple(text.replace("{layer}", layer) for text in spelling)
 
-    return [at_layer(s) if isinstance(s, str) else tuple(map(at_layer, s)) for s in row]
+    return [at_layer(spelling) for spelling in row]
+
+
+def _depths(name: str, spellings: Iterable[Spelling]) -> int:
+    """How many depths share the tensor of that name."""
+    return sum(isinstance(spelling, Share) and spelling.name == name for spelling in spellings)
 
 
 def _present(name: str, shape: torch.Size, theirs: Mapping[str, Tensor], names: Names, where: str) -> Spelling:
@@ -118,10 +169,14 @@ def _present(name: str, shape: torch.Size, theirs: Mapping[str, Tensor], names: 
 def _expanded(spelling: Spelling, shape: torch.Size) -> list[str]:
     if isinstance(spelling, str):
         return [spelling]
+    if isinstance(spelling, Share):
+        return [spelling.name]
     return [part.format(expert=expert) for expert in range(shape[0]) for part in spelling]
 
 
 def _text(spelling: Spelling) -> str:
+    if isinstance(spelling, Share):
+        return spelling.name
     return spelling if isinstance(spelling, str) else " and ".join(spelling)
 
 

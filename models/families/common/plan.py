@@ -13,8 +13,8 @@ from conf.schema import Refused
 from models import mechanism
 from models.config import Layer, ModelConfig, resolve
 
-TRAINING = frozenset({"balance_loss", "z_loss", "bias_rate"})
-"""Keys of a mixture of experts that change no logit, and that no config.json holds."""
+UNPUBLISHED = frozenset({"balance_loss", "z_loss", "bias_rate", "keeps"})
+"""Keys that change no logit, and that no config.json holds: losses of training, and what of its state is cached."""
 
 
 def config(layers: list[dict[str, Any]], **values: Any) -> ModelConfig:
@@ -23,15 +23,18 @@ def config(layers: list[dict[str, Any]], **values: Any) -> ModelConfig:
     return schema.build(ModelConfig, {"layers": stacks, **values}, "model")
 
 
-def layers(model: ModelConfig, schemes: Mapping[str, Collection[str]]) -> list[Layer]:
-    """The depths of `model`, known to use `schemes` alone ("attention", "feedforward"). Raises Refused."""
+def layers(model: ModelConfig, schemes: Mapping[str, Collection[str]], *, shared: bool = False) -> list[Layer]:
+    """The depths of `model`, known to use `schemes` alone ("attention", "feedforward", "injection").
+
+    shared: whether a layer may read another's state. Raises Refused.
+    """
     plans = [plan for stack in model.layers for _ in range(stack.repeat) for plan in stack.of]
     for depth, plan in enumerate(plans):
-        for folder, known in schemes.items():
-            scheme = getattr(plan, folder).get("scheme")
-            if scheme not in known:
-                raise Refused(f"layer {depth}'s {folder} is {scheme}, not {' or '.join(known)}")
-        if plan.reads is not None:
+        for folder in ("attention", "feedforward", "injection"):
+            section, known = getattr(plan, folder), schemes.get(folder, ["none"])
+            if section is not None and section.get("scheme") not in known:
+                raise Refused(f"layer {depth}'s {folder} is {section.get('scheme')}, not {' or '.join(known)}")
+        if plan.reads is not None and not shared:
             raise Refused(f"layer {depth} reads another layer's state")
     return resolve(model)
 
@@ -51,7 +54,7 @@ def verified(
 
 
 def difference(model: ModelConfig, other: ModelConfig) -> str:
-    """Where two models differ first, losses of training aside, in words; empty where they do not."""
+    """Where two models differ first, in words, what is unpublished aside; empty where they do not."""
     return _difference(_comparable(model), _comparable(other), "")
 
 
@@ -66,7 +69,7 @@ def _difference(mine: Any, other: Any, path: str) -> str:
     if type(mine) is not type(other):
         return f"{path} is {_short(mine)}, not {_short(other)}"
     if dataclasses.is_dataclass(mine):
-        names = [field.name for field in dataclasses.fields(mine) if field.name not in TRAINING]
+        names = [field.name for field in dataclasses.fields(mine) if field.name not in UNPUBLISHED]
         pairs = [(f"{path}.{name}", getattr(mine, name), getattr(other, name)) for name in names]
     elif isinstance(mine, dict):
         pairs = [(f"{path}.{key}".strip("."), mine[key], other.get(key)) for key in mine]

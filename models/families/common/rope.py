@@ -19,6 +19,11 @@ class _Default:
 
 
 @dataclass(frozen=True)
+class _Proportional(_Default):
+    """partial_rotary_factor: here the share of the pairs that turn, the head's whole width being the denominator."""
+
+
+@dataclass(frozen=True)
 class _Yarn(_Default):
     """A null is as good as no value, as in Transformers."""
 
@@ -32,7 +37,7 @@ class _Yarn(_Default):
     truncate: bool = True
 
 
-KINDS: Mapping[str, type[_Default]] = {"default": _Default, "yarn": _Yarn}
+KINDS: Mapping[str, type[_Default]] = {"default": _Default, "proportional": _Proportional, "yarn": _Yarn}
 
 
 def rope_from(
@@ -48,6 +53,8 @@ def rope_from(
     if kind not in KINDS:
         raise Refused(f"config.json's rope_type is '{kind}'; only {' and '.join(KINDS)} can be represented here.")
     read = schema.build(KINDS[kind], {"rope_theta": theta} | given, "config.json's rope_parameters")
+    if isinstance(read, _Proportional):
+        return {"base": read.rope_theta, "pairing": pairing, "proportion": read.partial_rotary_factor}, 1.0
     if read.partial_rotary_factor != 1:
         raise Refused("config.json's rope_parameters.partial_rotary_factor is not 1, the only value represented here.")
     rope = {"base": read.rope_theta, "pairing": pairing}
@@ -72,6 +79,8 @@ def rope_to(rope: Rope | None, multiplier: float = 1.0) -> dict[str, Any]:
     """The inverse of `rope_from`. Raises Refused where there is none."""
     if rope is None:
         raise Refused("a layer without positions (rope: null)")
+    if rope.proportion != 1:
+        return {"rope_type": "proportional", "rope_theta": rope.base, "partial_rotary_factor": rope.proportion}
     if rope.yarn is None:
         return {"rope_type": "default", "rope_theta": rope.base}
     yarn = rope.yarn
