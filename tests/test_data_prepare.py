@@ -24,7 +24,7 @@ from data.loader import Loader
 from data.manifest import Manifest
 from data.megatron import indexed_dataset
 from data.prepare import Prepare, prepare
-from data.text import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8
+from data.records import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8
 from data.verify import Verify, verify
 
 ROOT = Path(__file__).parents[1]
