@@ -20,6 +20,7 @@ from conf.schema import Refused, build
 COMMANDS = {
     "prepare": ("data.prepare", "Prepare", "prepare"),
     "train-tokenizer": ("data.train_tokenizer", "TrainTokenizer", "train_tokenizer"),
+    "inspect": ("data.inspect", "Inspect", "inspect"),
     "verify": ("data.verify", "Verify", "verify"),
     "bench": ("data.bench", "Bench", "bench"),
     "bench-prepare": ("data.bench_prepare", "BenchPrepare", "bench_prepare"),
@@ -65,10 +66,17 @@ def _run(arguments: list[str]) -> str:
 
 
 def _overrides(arguments: list[str], owner: type) -> dict[str, Any]:
-    """`key=value` to a mapping. A key that holds text takes its value as it stands; any other is read as YAML."""
+    """`key=value` to a mapping. A key that holds text takes its value as it stands; any other is read as YAML.
+
+    A word alone is the path of a command that has one; `--key` is `key=true`.
+    """
     hints = typing.get_type_hints(owner)
     values: dict[str, Any] = {}
     for argument in arguments:
+        if argument.startswith("--") and hints.get(argument[2:]) is bool:
+            argument = f"{argument[2:]}=true"
+        elif "=" not in argument and "path" in hints:
+            argument = f"path={argument}"
         key, equals, text = argument.partition("=")
         if not equals:
             raise Refused(f"'{argument}' is not of the form key=value.")
