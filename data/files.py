@@ -48,7 +48,9 @@ class Pieces:
     max_document: int
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
+        if any(piece.is_compressed for piece in self.pieces):
+            return None  # of the text, that is
         return sum(piece.end - piece.begin for piece in self.pieces)
 
     def records(self) -> Iterator[Record]:

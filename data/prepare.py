@@ -30,7 +30,7 @@ from data.manifest import Manifest
 from data.part import FORMAT, SPLITS, Job, make_parts
 from data.records import Texts
 from data.split import By, HeldOut
-from data.texts import TextSource
+from data.texts import DATASETS, TextSource
 from data.tokenizer import Tokenizer, open_tokenizer
 from data.workers import start_worker, usable_cores, worker_context
 
@@ -72,7 +72,7 @@ def prepare(request: Prepare) -> str:
     Raises Refused where the input cannot be used or OUT holds something else, OSError where the disk fails.
     """
     out = Path(request.out)
-    _check_place(out, Path(request.source))
+    _check_place(out, Path(request.source.removeprefix(DATASETS)))
     tokenizer = open_tokenizer(request.tokenizer, request.end_of_document)
     texts = request.open()
     by = _held_out_by(request, texts)

@@ -46,7 +46,7 @@ class Stretch(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes, where they are known before reading."""
+        """Bytes of text, markup included, where they are known before reading."""
         ...
 
     def records(self) -> Iterator[Record]:

@@ -154,8 +154,9 @@ def _try(name: str, action: Any) -> Any:
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise
+        for each in (error, error.__cause__):
+            if isinstance(each, OSError) and each.errno is not None and not isinstance(each, FileNotFoundError):
+                raise each from None
         reasons = [" ".join(str(each).split()).rstrip(".") for each in (error, error.__cause__) if each is not None]
         said = ": ".join(filter(None, reasons)) or type(error).__name__
         raise Refused(f"datasets cannot open '{name}': {said}.") from None

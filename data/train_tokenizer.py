@@ -66,7 +66,7 @@ def train_tokenizer(request: TrainTokenizer) -> str:
     taken = _Sample(texts, request.sample)
     tokenizer.train_from_iterator(iter(taken), trainer)
     if not taken.documents:
-        raise Refused(f"{request.source} holds no document to train on.")
+        raise Refused(f"{request.source} holds no document in a sample of {request.sample:,} bytes; take a larger one.")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
