@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 TYPE_CODES: dict[type, int] = {np.int32: 4, np.uint16: 8}
-BLOCK = 1 << 18  # lengths in memory
+BLOCK = 1 << 15  # lengths in memory
 
 
 class TokenFile:

@@ -143,9 +143,9 @@ print(json.dumps([int(own[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_m
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
-    """A fifth and the whole of 180 MB in 300,000 documents, in one stretch; a fifth already fills several parts."""
+    """A third and the whole of 180 MB in 300,000 documents, in one stretch; a third already fills several parts."""
     peaks, sizes = [], []
-    for documents in (60_000, 300_000):
+    for documents in (100_000, 300_000):
         path = tmp_path / f"{documents}.jsonl.gz"
         with gzip.open(path, "wt", compresslevel=1) as file:
             file.writelines(f'{{"text": "{i} {"some text " * 59}"}}\n' for i in range(documents))
@@ -156,4 +156,4 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     grown = sizes[1] - sizes[0]
     parent, worker = (large - small for small, large in zip(*peaks, strict=True))
     assert worker < grown / 8
-    assert parent < grown / 16
+    assert parent < grown / 6, "a hundred bytes a document would be more"
