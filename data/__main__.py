@@ -1,8 +1,9 @@
-"""python -m data: prepare text, verify what was prepared, measure how fast it is read."""
+"""python -m data: train a tokenizer, prepare text, look into and verify what was prepared, measure how fast."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import signal
 import sys
 import types
@@ -18,15 +19,19 @@ from conf.schema import Refused, build
 # command: module, settings, function from settings to a sentence
 COMMANDS = {
     "prepare": ("data.prepare", "Prepare", "prepare"),
+    "train-tokenizer": ("data.train_tokenizer", "TrainTokenizer", "train_tokenizer"),
+    "inspect": ("data.inspect", "Inspect", "inspect"),
     "verify": ("data.verify", "Verify", "verify"),
     "bench": ("data.bench", "Bench", "bench"),
-    "bench-prepare": ("data.bench", "BenchPrepare", "bench_prepare"),
+    "bench-prepare": ("data.bench_prepare", "BenchPrepare", "bench_prepare"),
 }
 
 
 def main(arguments: list[str]) -> int:
     """Run a command. 0 done, 1 failed, 2 refused with nothing changed, 75 interrupted (run it again)."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(_run(arguments))
     except Refused as refusal:
@@ -61,10 +66,17 @@ def _run(arguments: list[str]) -> str:
 
 
 def _overrides(arguments: list[str], owner: type) -> dict[str, Any]:
-    """`key=value` to a mapping. A key that holds text takes its value as it stands; any other is read as YAML."""
+    """`key=value` to a mapping. A key that holds text takes its value as it stands; any other is read as YAML.
+
+    A word alone is the path of a command that has one; `--key` is `key=true`.
+    """
     hints = typing.get_type_hints(owner)
     values: dict[str, Any] = {}
     for argument in arguments:
+        if argument.startswith("--") and hints.get(argument[2:]) is bool:
+            argument = f"{argument[2:]}=true"
+        elif "=" not in argument and "path" in hints:
+            argument = f"path={argument}"
         key, equals, text = argument.partition("=")
         if not equals:
             raise Refused(f"'{argument}' is not of the form key=value.")

@@ -43,6 +43,7 @@ class Manifest:
     vocab:           token ids are below it.
     end_of_document: the id that ends each document.
     skipped:         how many documents were left out, by rule.
+    cut:             how many documents were longer than settings' max_document and became several.
     """
 
     source: str
@@ -52,6 +53,7 @@ class Manifest:
     end_of_document: int
     splits: dict[str, Split]
     skipped: dict[str, int]
+    cut: int = 0
 
     def write(self, folder: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)

@@ -1,8 +1,8 @@
 """Text to a corpus that this package, and Megatron, can read.
 
-The work is cut into parts that depend on the files alone; worker processes make the parts in `OUT.preparing`, each
-written aside and renamed; the parts are joined in order and the finished folder is renamed to `OUT` in one act. So a
-run that is killed goes on where it was, the bytes do not depend on the number of processes or on interruptions, and
+The work is cut into stretches that depend on the source alone; worker processes make their parts in `OUT.preparing`,
+each written aside and renamed; the parts are joined in order and the finished folder is renamed to `OUT` in one act. So
+a run that is killed goes on where it was, the bytes do not depend on the number of processes or on interruptions, and
 `OUT` is either whole or not there.
 """
 
@@ -15,9 +15,9 @@ import os
 import shutil
 import sys
 from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from conf.schema import Refused
 from data import manifest as manifests
 from data.join import join
 from data.manifest import Manifest
-from data.part import FORMAT, SPLITS, Job, make_part
+from data.part import FORMAT, SPLITS, Job, make_parts
+from data.records import Texts
 from data.split import By, HeldOut
-from data.text import File, cut, describe, list_files, listing
+from data.texts import DATASETS, TextSource
 from data.tokenizer import Tokenizer, open_tokenizer
 from data.workers import start_worker, usable_cores, worker_context
 
@@ -37,23 +38,28 @@ WHOLE = "whole"  # the corpus while it is being joined
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Text files or JSONL to OUT/train.bin, .idx, OUT/valid.bin, .idx and OUT/manifest.json."""
+class Prepare(TextSource):
+    """Text to OUT/train.bin, .idx, OUT/valid.bin, .idx, OUT/manifest.json and the tokenizer.
 
-    source: str = field(
-        metadata={"help": "'stdlib' (this Python's own standard library), a file, a folder or a glob; *.jsonl is JSONL"}
-    )
+    What is left out or cut is counted in the manifest by rule: malformed lines, invalid UTF-8, empty documents.
+    """
+
     out: str = field(metadata={"help": "folder to make"})
     tokenizer: str = field(default="bytes", metadata={"help": "'bytes', or a Hugging Face tokenizer.json"})
     end_of_document: str | None = field(
         default=None, metadata={"help": "token that ends a document, with a Hugging Face tokenizer"}
     )
-    text_key: str = field(default="text", metadata={"help": "key of the text in a JSONL line"})
     held_out: float = field(default=0.05, metadata={"help": "share that goes to the held-out split"})
-    held_out_by: By = field(default="file", metadata={"help": "what is held out whole: 'file' or 'document'"})
+    held_out_by: By | None = field(
+        default=None,
+        metadata={
+            "help": "what is held out whole: 'file', or 'document' with its copies; null: 'file' where each file is one"
+        },
+    )
     processes: int = field(default_factory=usable_cores, metadata={"help": "worker processes"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, but a share from 0 to below 1 is needed.")
         if self.processes < 1:
@@ -66,23 +72,35 @@ def prepare(request: Prepare) -> str:
     Raises Refused where the input cannot be used or OUT holds something else, OSError where the disk fails.
     """
     out = Path(request.out)
-    _check_place(out, Path(request.source))
+    _check_place(out, Path(request.source.removeprefix(DATASETS)))
     tokenizer = open_tokenizer(request.tokenizer, request.end_of_document)
-    files = list_files(request.source)
-    settings = _settings(request, tokenizer, listing(files))
+    texts = request.open()
+    by = _held_out_by(request, texts)
+    settings = _settings(request, tokenizer, texts.fingerprint, by)
     if _is_taken(out):
         return _already_there(out, settings)
     with _workplace(out) as work:
         if _is_taken(out):  # by another process, a moment ago
             return _already_there(out, settings)
-        jobs = _jobs(request, files, settings, work)
+        folder = _parts_folder(work, [FORMAT, settings, texts.plan])
+        held_out = HeldOut.choose(request.held_out, by, texts.files)
+        jobs = [
+            Job(stretch, folder / f"{i:06d}", request.tokenizer, request.end_of_document, held_out)
+            for i, stretch in enumerate(texts.stretches)
+        ]
         whole = work / WHOLE
-        with closing(_make_parts(jobs, request.processes)) as parts:
-            made = join(parts, whole, tokenizer, settings, describe(request.source))
+        with closing(_make_parts(jobs, request.processes, texts.size)) as parts:
+            made = join(parts, whole, tokenizer, settings, texts.name)
         if made.splits["train"].documents == 0:
             raise Refused(f"{request.source} holds no document to train on: {_counts(made)}.")
         os.rename(whole, out)
     return f"{out}: {_counts(made)}."
+
+
+def _held_out_by(request: Prepare, texts: Texts) -> By:
+    if request.held_out_by == "file" and not texts.files:
+        raise Refused(f"held_out_by is 'file', but {request.source} has no file to hold out; leave it out.")
+    return request.held_out_by or ("document" if texts.many else "file")
 
 
 def _check_place(out: Path, source: Path) -> None:
@@ -93,19 +111,7 @@ def _check_place(out: Path, source: Path) -> None:
             raise Refused(f"{above} is not a folder, so {out} cannot be made in it; choose another out.")
 
 
-def _jobs(request: Prepare, files: list[File], settings: dict[str, Any], work: Path) -> list[Job]:
-    """The parts to make, in a folder that is this plan's alone."""
-    held_out = HeldOut.choose(request.held_out, request.held_out_by, [file.name for file in files])
-    parts = cut(files)
-    pieces = [[astuple(piece) for piece in part] for part in parts]
-    folder = _parts_folder(work, [FORMAT, settings, [file.modified for file in files], pieces])
-    return [
-        Job(part, folder / f"{i:06d}.npz", request.tokenizer, request.end_of_document, request.text_key, held_out)
-        for i, part in enumerate(parts)
-    ]
-
-
-def _settings(request: Prepare, tokenizer: Tokenizer, files: str) -> dict[str, Any]:
+def _settings(request: Prepare, tokenizer: Tokenizer, files: str, by: By) -> dict[str, Any]:
     """What decides the bytes of the corpus; the source and the tokenizer by content, not by path."""
     return {
         "files": files,
@@ -113,7 +119,9 @@ def _settings(request: Prepare, tokenizer: Tokenizer, files: str) -> dict[str, A
         "end_of_document": tokenizer.end_of_document,
         "text_key": request.text_key,
         "held_out": request.held_out,
-        "held_out_by": request.held_out_by,
+        "held_out_by": by,
+        "max_document": request.max_document,
+        "rows": request.rows,
     }
 
 
@@ -176,22 +184,21 @@ def _parts_folder(work: Path, plan: list[Any]) -> Path:
     return folder
 
 
-def _make_parts(jobs: list[Job], processes: int) -> Generator[Path]:
+def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[Path]:
     """The parts in order, made by worker processes while the caller uses those before."""
-    bar = tqdm(total=sum(map(_size, jobs)), unit="B", unit_scale=True, desc="prepare", disable=None)
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), worker_context(), start_worker)
+    context = worker_context(["data.part", "tokenizers", *{type(job.stretch).__module__ for job in jobs}])
+    done = context.Value("q", 0)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None)
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, start_worker, (done,))
     try:
-        futures = [pool.submit(make_part, job) for job in jobs]
-        for job, future in zip(jobs, futures, strict=True):
-            yield future.result()
-            bar.update(_size(job))
+        for future in [pool.submit(make_parts, job) for job in jobs]:
+            while not wait([future], timeout=0.5).done:
+                bar.update(done.value - bar.n)
+            yield from future.result()
+        bar.update(done.value - bar.n)
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-
-
-def _size(job: Job) -> int:
-    return sum(piece.end - piece.begin for piece in job.pieces)
 
 
 def _is_taken(out: Path) -> bool:
@@ -202,7 +209,8 @@ def _is_taken(out: Path) -> bool:
 def _counts(made: Manifest) -> str:
     train, valid = (made.splits[split] for split in SPLITS)
     skipped = "; ".join(f"{count} skipped ({rule})" for rule, count in made.skipped.items()) or "none skipped"
+    cut = f"; {made.cut} cut (longer than {made.settings['max_document']:,} bytes)" if made.cut else ""
     return (
         f"{train.documents:,} documents of {train.tokens:,} tokens to train on, "
-        f"{valid.documents:,} of {valid.tokens:,} held out, {skipped}"
+        f"{valid.documents:,} of {valid.tokens:,} held out, {skipped}{cut}"
     )

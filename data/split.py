@@ -1,20 +1,21 @@
-"""Which documents are held out: by a hash of a name, so that the choice is the same on every machine and every run."""
+"""Which documents are held out: by a hash, so that the choice is the same on every machine and every run."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from typing import Literal
+
+from data.records import Record, hash64
 
 By = Literal["file", "document"]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents whose hash is at most `threshold` (of 2⁶⁴) are held out; -1 holds out none.
+    """Records whose hash is at most `threshold` (of 2⁶⁴) are held out; -1 holds out none.
 
-    by: what is hashed, the file's name or that and the document's place in it.
+    by: what is hashed, the file's name or the whole document's content, so that its copies stay on one side.
     """
 
     by: By
@@ -29,11 +30,11 @@ class HeldOut:
             threshold = min(max(threshold, hashes[0]), hashes[-2]) if len(hashes) > 1 else -1
         return HeldOut(by, threshold)
 
-    def split(self, name: str, offset: int) -> str:
-        """`valid` or `train` for the document at `offset` of the file `name`."""
-        key = name if self.by == "file" else f"{name}\0{offset}"
-        return "valid" if _hash(key) <= self.threshold else "train"
+    def split(self, record: Record) -> str:
+        """`valid` or `train`."""
+        value = _hash(record.file) if self.by == "file" else record.document
+        return "valid" if value <= self.threshold else "train"
 
 
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "big")
+def _hash(name: str) -> int:
+    return hash64(os.fsencode(name))

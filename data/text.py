@@ -1,197 +1,138 @@
-"""Where text comes from: the files that a source means, their pieces of work, and the documents in them."""
+"""The records in a piece of a text file or of JSONL.
+
+A text file is one document. One over the limit becomes several, cut at multiples of the limit, moved back to a line's
+end, so that each piece finds its own borders. JSONL is read line by line, and no line is held beyond 8 times the limit.
+"""
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import gzip
 import json
 import os
-import platform
-import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO, cast
 
-from conf.schema import Refused
+from data.records import (
+    MALFORMED,
+    NO_TEXT,
+    NOT_UTF8,
+    TOO_LONG,
+    Record,
+    before,
+    hash64,
+    look_back,
+    place_digest,
+    record,
+    records,
+)
 
-STDLIB = "stdlib"
-STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-MAX_FILE = 1 << 30  # bytes; a text file is one document and is held in memory
-
-EMPTY = "empty document: nothing but white space"
-NOT_UTF8 = "invalid UTF-8"
-MALFORMED = "malformed JSON line: not one JSON object"
-NO_TEXT = "JSON line without text under the text key"
+BOM = b"\xef\xbb\xbf"
+LINE = 8  # a JSON line may be this many times as long as a document: escapes make it longer than its text
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of a source. name: relative to the source and the same on every machine; it decides order and split."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes [begin, end) of a file of `size` bytes: of a text file, or the lines of JSONL that begin there.
+
+    A compressed file is always one piece, since it can only be read from its beginning.
+    """
 
     name: str
     path: str
     size: int
-    modified: int
-
-    @property
-    def is_lines(self) -> bool:
-        return self.name.endswith(".jsonl")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes [begin, end) of a file: all of a text file, or the lines of a JSONL file that begin there."""
-
-    name: str
-    path: str
     begin: int
     end: int
     is_lines: bool
+    is_compressed: bool = False
 
 
-def list_files(source: str) -> list[File]:
-    """The files that `source` means, in order of name. Raises Refused where there are none or one is too large.
+def read_records(piece: Piece, text_key: str, max_document: int) -> Iterator[Record]:
+    """The records of a piece. Raises OSError where the file cannot be read or changed since it was listed.
 
-    `stdlib` is the running Python's standard library source without its tests; else a file, a folder (every file
-    below it but hidden ones) or a glob.
+    A byte-order mark at the start of a file is no text. Blank lines of JSONL are no documents.
     """
-    if source == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in _walk(root, STDLIB_LEFT_OUT) if p.suffix == ".py" and "_sysconfigdata" not in p.name]
-    elif Path(source).is_dir():
-        root = Path(source)
-        paths = list(_walk(root, set()))
-    elif Path(source).is_file():
-        root = Path(source).parent
-        paths = [Path(source)]
-    else:
-        root = Path(*_before_magic(Path(source).parts))
-        paths = [path for match in glob.glob(source, recursive=True) if (path := Path(match)).is_file()]
-    files = []
-    for path in paths:
-        facts = path.stat()
-        files.append(File(path.relative_to(root).as_posix(), str(path), facts.st_size, facts.st_mtime_ns))
-    if not files:
-        raise Refused(f"source '{source}' names no file; give 'stdlib', a file, a folder or a glob.")
-    for file in files:
-        if file.size > MAX_FILE and not file.is_lines:
-            raise Refused(f"{file.path} is over 1 GiB and would be one document; cut it, or make it JSONL.")
-    return sorted(files, key=lambda file: os.fsencode(file.name))
-
-
-def describe(source: str) -> str:
-    """The source in words, without a machine's paths."""
-    if source == STDLIB:
-        return f"the standard library of Python {platform.python_version()}, *.py without its tests"
-    return Path(source).name
-
-
-def listing(files: Iterable[File]) -> str:
-    """Hash of names and sizes."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))
-    return digest.hexdigest()
-
-
-def cut(files: list[File]) -> list[list[Piece]]:
-    """Parts of work of about equal size, that depend on the files alone and not on how many processes there are."""
-    size = min(max(sum(f.size for f in files) // 256, 256 << 10), 64 << 20)
-    parts: list[list[Piece]] = [[]]
-    filled = 0
-    for file in files:
-        step = size if file.is_lines else max(file.size, 1)
-        for begin in range(0, file.size, step):
-            if filled >= size:
-                parts.append([])
-                filled = 0
-            piece = Piece(file.name, file.path, begin, min(begin + step, file.size), file.is_lines)
-            parts[-1].append(piece)
-            filled += piece.end - begin
-        if file.size == 0:
-            parts[-1].append(Piece(file.name, file.path, 0, 0, file.is_lines))
-    return parts
-
-
-class Digest:
-    """The sum over records of a hash of each with its file and place: the same however the files are cut."""
-
-    def __init__(self) -> None:
-        self.total = 0
-
-    def add(self, name: str, offset: int, record: bytes) -> None:
-        digest = hashlib.blake2b(os.fsencode(f"{name}\0{offset}\0"), digest_size=16)
-        digest.update(record)
-        self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**128
-
-
-def read_documents(piece: Piece, text_key: str, skipped: Counter[str], digest: Digest) -> Iterator[tuple[int, str]]:
-    """Each document of a piece with the offset in the file at which it begins.
-
-    What is left out is counted in `skipped` by rule, except blank lines of JSONL, which are no documents. Every byte
-    read goes into `digest`. A byte-order mark at the start of a file is no text.
-    """
-    for offset, raw in _records(piece):
-        digest.add(piece.name, offset, raw)
-        try:
-            text = raw.decode("utf-8-sig" if offset == 0 else "utf-8")
-            if piece.is_lines:
-                if not text.strip():
-                    continue
-                text = _text_of(text, text_key)
-                text.encode()  # JSON can spell half a surrogate pair, which is no text
-        except UnicodeError:
-            skipped[NOT_UTF8] += 1
-        except _Skip as skip:
-            skipped[str(skip)] += 1
-        else:
-            if text.strip():
-                yield offset, text
-            else:
-                skipped[EMPTY] += 1
-
-
-class _Skip(Exception):
-    """A record that is no document; says by which rule."""
-
-
-def _text_of(line: str, text_key: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise _Skip(MALFORMED) from None
-    if not isinstance(record, dict):
-        raise _Skip(MALFORMED)
-    if not isinstance(record.get(text_key), str):
-        raise _Skip(NO_TEXT)
-    return record[text_key]
-
-
-def _records(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of a whole text file, or of each line that begins in the piece."""
     with open(piece.path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) != piece.size:
+            raise OSError(f"{piece.path} changed while it was read: {size} bytes where it had {piece.size}")
         if not piece.is_lines:
-            yield 0, file.read()
+            yield _whole(piece, file, max_document) if piece.size <= max_document else _part(piece, file, max_document)
+        elif piece.is_compressed:
+            try:
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield from _lines(piece, cast(BinaryIO, unpacked), None, text_key, max_document)
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise OSError(f"{piece.path} is a damaged gzip file ({error})") from None
+        else:
+            yield from _lines(piece, file, piece.end, text_key, max_document)
+
+
+def _whole(piece: Piece, file: BinaryIO, max_document: int) -> Record:
+    content = file.read()
+    digest = place_digest(piece.name, 0, content)
+    content = content.removeprefix(BOM)
+    return record(content, file=piece.name, document=hash64(content), digest=digest)
+
+
+def _part(piece: Piece, file: BinaryIO, limit: int) -> Record:
+    """One of the documents that a text file over the limit becomes."""
+
+    def border(at: int) -> int:
+        if at in (0, piece.size):
+            return at
+        file.seek(at - look_back(limit))
+        return at - before(file.read(look_back(limit)))
+
+    begin, end = border(piece.begin), border(piece.end)
+    file.seek(begin)
+    content = file.read(end - begin)
+    digest = place_digest(piece.name, begin, content)
+    if begin == 0:
+        content = content.removeprefix(BOM)
+    return record(content, file=piece.name, document=hash64(os.fsencode(piece.name)), digest=digest, cut=begin == 0)
+
+
+def _lines(piece: Piece, file: BinaryIO, end: int | None, text_key: str, max_document: int) -> Iterator[Record]:
+    limit = LINE * max_document
+    offset = piece.begin
+    if offset:  # a line that begins before the piece belongs to the piece before
+        file.seek(offset - 1)
+        offset += sum(map(len, _rest_of_line(file, limit))) - 1
+    while (end is None or offset < end) and (line := file.readline(limit + 1)):
+        length = len(line)
+        digest = place_digest(piece.name, offset, line)
+        if length > limit and not line.endswith(b"\n"):
+            for more in _rest_of_line(file, limit):
+                digest += place_digest(piece.name, offset + length, more)
+                length += len(more)
+            yield Record(piece.name, None, TOO_LONG, 0, digest)
+        else:
+            yield from _line(line.removeprefix(BOM) if offset == 0 else line, piece, digest, text_key, max_document)
+        offset += length
+
+
+def _line(line: bytes, piece: Piece, digest: int, text_key: str, max_document: int) -> Iterator[Record]:
+    rule = None
+    try:
+        text = line.decode()
+        if text.strip():
+            found = json.loads(text)
+            if not isinstance(found, dict):
+                rule = MALFORMED
+            elif not isinstance(found.get(text_key), str):
+                rule = NO_TEXT
+            else:  # JSON can spell half a surrogate pair, which is no text
+                yield from records(found[text_key].encode(), max_document, file=piece.name, digest=digest)
+                return
+    except UnicodeError:
+        rule = NOT_UTF8
+    except (ValueError, RecursionError):
+        rule = MALFORMED
+    yield Record(piece.name, None, rule, 0, digest)
+
+
+def _rest_of_line(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    while block := file.readline(limit):
+        yield block
+        if block.endswith(b"\n"):
             return
-        if piece.begin:  # a line that begins before the piece belongs to the piece before
-            file.seek(piece.begin - 1)
-            file.readline()
-        while (offset := file.tell()) < piece.end and (line := file.readline()):
-            yield offset, line
-
-
-def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _before_magic(parts: tuple[str, ...]) -> Iterator[str]:
-    for part in parts:
-        if glob.has_magic(part):
-            return
-        yield part

@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 
 from conf.schema import Refused
 
+FILE_NAME = "tokenizer.json"  # in a prepared corpus: the tokenizer that made it
+
 
 class Tokenizer(Protocol):
-    """fingerprint names its content; `vocab` is above every id; `end_of_document` ends each document."""
+    """fingerprint names its content; every id is below `vocab`; `end_of_document` ends a document; `file` holds it."""
 
+    @property
+    def file(self) -> Path | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property
@@ -28,16 +32,24 @@ class Tokenizer(Protocol):
         """The ids of each text, without the end of document."""
         ...
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens by name; what is no whole character reads as U+FFFD."""
+        ...
+
 
 class Bytes:
     """The bytes of UTF-8, and one id more that ends a document."""
 
+    file = None
     fingerprint = "bytes"
     end_of_document = 256
     vocab = 257
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i != self.end_of_document).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class HuggingFace:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+    @property
+    def file(self) -> Path:
+        return Path(self.path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -88,6 +104,9 @@ class HuggingFace:
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int32) for e in encoded]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @lru_cache(maxsize=1)

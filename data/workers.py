@@ -1,4 +1,4 @@
-"""Worker processes: how many, how they come to be, and what each does first."""
+"""Worker processes: how many, how they come to be, what each does first, and how far they all are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import signal
 import threading
 from multiprocessing.context import BaseContext
+from typing import Any
+
+_progress: Any = None  # bytes of text that all workers have done, shared with the parent
 
 
 def usable_cores() -> int:
@@ -15,21 +18,23 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worker_context() -> BaseContext:
-    """Workers are forked from a small process made for that, which has what they need imported and no threads.
+def worker_context(modules: list[str]) -> BaseContext:
+    """Workers are forked from a small process made for that, which has `modules` imported and no threads.
 
     A fork of this process, which may have threads, could hang; a fresh interpreter for each would import anew.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.part", "tokenizers"])
+    context.set_forkserver_preload(modules)
     return context
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone.
+def start_worker(shared: Any) -> None:
+    """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone. shared: a Value to count bytes in.
 
     A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever.
     """
+    global _progress
+    _progress = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
@@ -41,3 +46,9 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def progress(done: int) -> None:
+    """Tell the parent that `done` more bytes of text are done."""
+    with _progress.get_lock():
+        _progress.value += done

@@ -24,7 +24,7 @@ from data.loader import Loader
 from data.manifest import Manifest
 from data.megatron import indexed_dataset
 from data.prepare import Prepare, prepare
-from data.text import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8
+from data.records import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8
 from data.verify import Verify, verify
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +158,11 @@ def test_a_full_disk_fails_and_leaves_nothing_that_looks_whole(tmp_path: Path) -
         assert "Finished parts are kept" in failed.stderr
         assert "Traceback" not in failed.stderr
         assert not out.exists()
+    whole = tmp_path / "whole"
+    assert command("prepare", f"source={source}", f"out={whole}").returncode == 0
+    finished = command("prepare", f"source={source}", f"out={out}")
+    assert "going on from" in finished.stderr, "nothing that was finished is lost"
+    assert tree(out) == tree(whole)
 
 
 def test_a_termination_is_told_as_an_interruption(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Which files a source means, how they are cut into work, which documents they hold and which are held out."""
+"""Which documents text files and JSONL hold, and what becomes of those that are none or too long."""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections import Counter
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -11,92 +11,123 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import Refused
-from data import text
-from data.split import HeldOut
-from data.text import Digest, File, Piece, cut, list_files, read_documents
+from data.records import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8, TOO_LONG, Record, records
+from data.text import Piece, read_records
+
+LIMIT = 64  # bytes: max_document here
+
+
+def read_file(path: Path, borders: list[int], limit: int = LIMIT) -> list[Record]:
+    """The records of a file cut at `borders`."""
+    size = path.stat().st_size
+    is_lines = ".jsonl" in path.name
+    pieces = [
+        Piece("a", str(path), size, begin, end, is_lines, path.suffix == ".gz") for begin, end in pairwise(borders)
+    ]
+    return [record for piece in pieces for record in read_records(piece, "text", limit)]
+
+
+def multiples(size: int, limit: int = LIMIT) -> list[int]:
+    return [*range(0, max(size, 1), limit), size]
 
 
 @given(
-    st.lists(st.one_of(st.text(st.characters(codec="utf-8"), max_size=30), st.binary(max_size=30)), max_size=30),
+    st.lists(
+        st.one_of(st.text(st.characters(codec="utf-8"), max_size=LIMIT // 4), st.binary(max_size=30)), max_size=30
+    ),
     st.lists(st.integers(0, 900), max_size=8),
 )
 def test_cut_lines_are_read_once_wherever_they_are_cut(
-    tmp_path_factory: pytest.TempPathFactory, records: list[str | bytes], cuts: list[int]
+    tmp_path_factory: pytest.TempPathFactory, written: list[str | bytes], cuts: list[int]
 ) -> None:
     """Pieces that join to the file give the documents and the counts of the file in one piece."""
-    lines = [json.dumps({"text": r}).encode() if isinstance(r, str) else r.replace(b"\n", b"") for r in records]
+    lines = [json.dumps({"text": r}).encode() if isinstance(r, str) else r.replace(b"\n", b"") for r in written]
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
     size = path.stat().st_size
 
-    def read(borders: list[int]) -> tuple[list[tuple[int, str]], Counter[str], int]:
-        skipped: Counter[str] = Counter()
-        digest = Digest()
-        found = []
-        for begin, end in pairwise(borders):
-            found += list(read_documents(Piece("a", str(path), begin, end, True), "text", skipped, digest))
-        return found, skipped, digest.total
+    def read(borders: list[int]) -> tuple[list[Record], int]:
+        found = read_file(path, borders)
+        return [r for r in found if r.text is not None or r.skipped], sum(r.digest for r in found) % 2**128
 
     whole = read([0, size])
     assert read([0, *sorted(c for c in cuts if c < size), size]) == whole
     assert read([0, *accumulate(len(line) + 1 for line in lines[:-1]), size]) == whole, "cut where lines begin"
-    assert [t for _, t in whole[0]] == [r for r in records if isinstance(r, str) and r.strip()]
+    assert [r.text for r in whole[0] if r.text] == [r for r in written if isinstance(r, str) and r.strip()]
+    packed = path.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_file(packed, [0, packed.stat().st_size]) == read_file(path, [0, size])
 
 
-@given(st.lists(st.tuples(st.integers(0, 5 << 20), st.booleans()), min_size=1, max_size=12))
-def test_parts_of_work_cover_each_file_once(files: list[tuple[int, bool]]) -> None:
-    listed = [File(f"{i}.jsonl" if is_lines else f"{i}", "", size, 0) for i, (size, is_lines) in enumerate(files)]
-    pieces = [piece for part in cut(listed) for piece in part]
-    for file in listed:
-        mine = [piece for piece in pieces if piece.name == file.name]
-        assert [piece.begin for piece in mine] == [0, *(piece.end for piece in mine[:-1])]
-        assert mine[-1].end == file.size
-        assert file.is_lines or len(mine) == 1
-    assert [p.name for p in pieces] == sorted((p.name for p in pieces), key=lambda name: int(name.split(".")[0]))
+@given(st.lists(st.one_of(st.text(st.characters(codec="utf-8")), st.just("line\n"), st.text("é𐍈")), max_size=99))
+def test_a_document_over_the_limit_is_cut_at_the_same_places_in_a_file_and_in_memory(
+    tmp_path_factory: pytest.TempPathFactory, written: list[str]
+) -> None:
+    """The pieces join to the whole, none is much over the limit, and no character is lost at a border."""
+    text = "x" + "".join(written).replace("\r", "") + "x"
+    content = text.encode()
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(content)
+    filed = read_file(path, multiples(len(content)))
+    in_memory = list(records(content, LIMIT, file="a", digest=0))
+    assert [r.text for r in filed] == [r.text for r in in_memory]
+    assert [r.cut for r in filed] == [r.cut for r in in_memory]
+    assert sum(r.cut for r in filed) == (len(content) > LIMIT)
+    assert len({r.document for r in filed}) == 1, "held out together"
+    assert NOT_UTF8 not in {r.skipped for r in filed}
+    if EMPTY not in {r.skipped for r in filed}:
+        assert "".join(r.text or "" for r in filed) == text
+    assert all(len((r.text or "").encode()) <= 2 * LIMIT for r in filed)
 
 
-@given(st.lists(st.text(min_size=1), min_size=2, max_size=60, unique=True), st.floats(0.001, 0.999))
-def test_both_sides_get_a_file_and_the_choice_is_the_files_own(names: list[str], share: float) -> None:
-    names = [name.encode(errors="replace").decode() for name in names]
-    if len(set(names)) < 2:
-        return
-    held_out = HeldOut.choose(share, "file", names)
-    sides = {name: held_out.split(name, 0) for name in names}
-    assert set(sides.values()) == {"train", "valid"}
-    assert HeldOut.choose(share, "file", names[::-1]) == held_out
-    assert all(held_out.split(name, 7) == side for name, side in sides.items()), "a file goes to one side whole"
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        pytest.param("a.txt", b"", [EMPTY], id="empty-file"),
+        pytest.param("a.txt", b" \n\t", [EMPTY], id="white-space"),
+        pytest.param("a.txt", b"\xef\xbb\xbftext", ["text"], id="byte-order-mark"),
+        pytest.param("a.txt", b"a\r\nb", ["a\r\nb"], id="line-ends-as-they-are"),
+        pytest.param("a.txt", b"na\xefve", [NOT_UTF8], id="latin-1"),
+        pytest.param("a.txt", b"x" * LIMIT, ["x" * LIMIT], id="as-long-as-the-limit"),
+        pytest.param("a.txt", b"x" * (LIMIT + 1), ["x" * LIMIT, "x"], id="one-byte-over-the-limit"),
+        pytest.param("a.txt", b"x" * LIMIT + b"\xff", ["x" * LIMIT, NOT_UTF8], id="a-bad-byte-spoils-its-piece-alone"),
+        pytest.param("a.txt", b"\x80" * (3 * LIMIT), [NOT_UTF8] * 3, id="no-character-at-any-border"),
+        pytest.param("a.jsonl", b"\n\n \n", [], id="blank-lines"),
+        pytest.param("a.jsonl", b'{"text": "a"}', ["a"], id="no-newline-at-the-end"),
+        pytest.param("a.jsonl", b'{"text": "a"}\r\n', ["a"], id="windows-newline"),
+        pytest.param("a.jsonl", b'{"text": "a"', [MALFORMED], id="cut-line"),
+        pytest.param("a.jsonl", b'["a"]', [MALFORMED], id="no-object"),
+        pytest.param("a.jsonl", b"[" * 400, [MALFORMED], id="deep-nesting"),
+        pytest.param("a.jsonl", b'{"text": ' + b"9" * 400 + b"}", [NO_TEXT], id="a-large-number"),
+        pytest.param("a.jsonl", b'{"text": null}', [NO_TEXT], id="null"),
+        pytest.param("a.jsonl", b'{"body": "a"}', [NO_TEXT], id="another-key"),
+        pytest.param("a.jsonl", b'{"text": " "}', [EMPTY], id="blank-text"),
+        pytest.param("a.jsonl", b'{"text": ""}', [EMPTY], id="empty-text"),
+        pytest.param("a.jsonl", b'{"text": "\xff"}', [NOT_UTF8], id="bad-byte"),
+        pytest.param("a.jsonl", b'{"text": "\\ud800"}', [NOT_UTF8], id="half-a-surrogate-pair"),
+        pytest.param("a.jsonl", b'{"text": "%s"}' % (b"x" * LIMIT + b"y"), ["x" * LIMIT, "y"], id="long-text"),
+        pytest.param("a.jsonl", b" " * (8 * LIMIT - 13) + b'{"text": "a"}\n', ["a"], id="longest-line"),
+        pytest.param("a.jsonl", b" " * (8 * LIMIT - 12) + b'{"text": "a"}\n', [TOO_LONG], id="too-long-line"),
+        pytest.param("a.jsonl", b" " * (99 * LIMIT) + b'\n{"text": "a"}', [TOO_LONG, "a"], id="behind-a-too-long-line"),
+    ],
+)
+def test_each_rule(name: str, content: bytes, expected: list[str], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    borders = [0, len(content)] if ".jsonl" in name else multiples(len(content))
+    found = read_file(path, borders)
+    assert [r.text or r.skipped for r in found if r.text or r.skipped] == expected
 
 
-def test_shares_are_held_out_as_asked() -> None:
-    names = [f"file {i}" for i in range(20_000)]
-    for share in (0.05, 0.5):
-        for held_out in (HeldOut.choose(share, "file", names), HeldOut.choose(share, "document", names)):
-            found = sum(held_out.split(name, 3) == "valid" for name in names)
-            assert abs(found - share * len(names)) < 5 * (share * len(names)) ** 0.5
-    assert {HeldOut.choose(0.0, "file", names).split(name, 0) for name in names} == {"train"}
-    assert HeldOut.choose(0.9, "file", names[:1]).split(names[0], 0) == "train", "a lone file is trained on"
+def test_a_file_that_changed_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("longer than it was")
+    with pytest.raises(OSError, match="changed while it was read"):
+        list(read_records(Piece("a", str(path), 3, 0, 3, False), "text", LIMIT))
 
 
-def test_the_standard_library_is_its_source_without_tests() -> None:
-    files = list_files(text.STDLIB)
-    names = {file.name for file in files}
-    assert {"ast.py", "json/decoder.py"} <= names
-    assert not any(set(name.split("/")) & {"test", "tests", "site-packages"} for name in names)
-    assert sum(file.size for file in files) > 5_000_000
-    assert files == list_files(text.STDLIB)
-
-
-def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    for name in ("1", "00", "02.txt", "01.txt", "12.txt"):
-        (tmp_path / "texts" / name).touch()
-    names = [file.name for file in list_files(f"{tmp_path}/te*/0*.txt")]
-    assert names == ["texts/01.txt", "texts/02.txt"]
-
-
-def test_a_file_too_large_for_one_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "MAX_FILE", 3)
-    (tmp_path / "a.txt").write_text("four")
-    with pytest.raises(Refused, match="make it JSONL"):
-        list_files(str(tmp_path))
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    with pytest.raises(OSError, match=r"a\.jsonl\.gz is a damaged gzip file"):
+        read_file(path, [0, path.stat().st_size])

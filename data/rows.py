@@ -1,0 +1,179 @@
+"""Rows of anything that the `datasets` library opens: a builder, a hub name, a saved dataset, Parquet; also streamed.
+
+Whatever it is becomes a stream of shards, a worker reads a shard, and only the rows in hand are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from conf.schema import Refused
+from data.files import File, describe, list_files, listing
+from data.records import NO_TEXT, STRETCH, Record, Texts, place_digest, records
+
+ROWS = 256  # rows asked of the library at once
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `of` consecutive stretches of a stream of rows; `of` is 0 where the stream is one stretch."""
+
+    stream: bytes
+    index: int
+    of: int
+    size: int | None
+    text_key: str
+    max_document: int
+
+    def records(self) -> Iterator[Record]:
+        """The rows' texts, read as bytes: Arrow does not check that text is UTF-8, and one bad row would fail all."""
+        stream = _unpickle(self.stream)
+        shard = stream.shard(self.of, self.index) if self.of else stream
+        for table in shard.with_format("arrow").iter(batch_size=ROWS):
+            column = table.column(self.text_key) if self.text_key in table.column_names else pa.nulls(len(table))
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+            for value in column:
+                if not is_text or not value.is_valid:
+                    yield Record("", None, NO_TEXT, 0, place_digest("", 0, b""))
+                else:
+                    content = value.as_buffer().to_pybytes()
+                    yield from records(content, self.max_document, file="", digest=place_digest("", 0, content))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What to open. name: as `datasets.load_dataset` takes it, or a folder that `save_to_disk` wrote."""
+
+    name: str
+    subset: str | None
+    data_files: str | None
+    split: str
+    streaming: bool
+    rows: int | None
+    text_key: str
+    max_document: int
+
+
+def open_rows(asked: Rows) -> Texts:
+    """Raises Refused where the library cannot open it or there is no such split or column."""
+    _quieten()
+    if _is_saved(Path(asked.name)):
+        stored = _try(asked.name, lambda: datasets.load_from_disk(asked.name))
+        if isinstance(stored, datasets.DatasetDict):
+            _check_split(asked, list(stored))
+            stored = stored[asked.split]
+        return _texts(asked, describe(asked.name), stored, listing(list_files(asked.name)))
+    builder = _try(
+        asked.name, lambda: datasets.load_dataset_builder(asked.name, asked.subset, data_files=asked.data_files)
+    )
+    found = builder.config.data_files or {}
+    facts = [builder.dataset_name, builder.config.name, asked.split]
+    facts += [[str(split), list(files), list(files.origin_metadata)] for split, files in found.items()]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return _texts(asked, " ".join(filter(None, [asked.name, asked.subset])), _open(asked, builder), fingerprint)
+
+
+def open_parquet(source: str, files: list[File], rows: int | None, text_key: str, max_document: int) -> Texts:
+    """Parquet files, each row group a stretch, of which the text column alone is read."""
+    _quieten()
+    builder = _try(
+        source,
+        lambda: datasets.load_dataset_builder(
+            "parquet", data_files=[file.path for file in files], columns=[text_key], batch_size=ROWS
+        ),
+    )
+    asked = Rows(source, None, None, "train", True, rows, text_key, max_document)
+    try:
+        stream = _open(asked, builder).reshard()
+    except ValueError as error:
+        raise Refused(f"source {source} has no column '{text_key}' ({error}); give text_key=COLUMN.") from None
+    return _texts(asked, describe(source), stream, listing(files), [file.modified for file in files])
+
+
+def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = None) -> Texts:
+    if found.column_names is not None and asked.text_key not in found.column_names:
+        columns = ", ".join(found.column_names)
+        raise Refused(f"{asked.name} has no column '{asked.text_key}' but {columns}; give text_key=COLUMN.")
+    size = None
+    if hasattr(found, "to_iterable_dataset"):
+        found = found.select_columns([asked.text_key])
+        if not len(found):
+            raise Refused(f"split '{asked.split}' of {asked.name} has no row.")
+        size = found.data.nbytes
+        found = found.to_iterable_dataset(num_shards=min(max(size // STRETCH, 1), len(found)))
+    elif found.column_names is not None:
+        found = found.select_columns([asked.text_key])
+    of = 0
+    if asked.rows is not None:
+        found = found.take(asked.rows)  # of the first shards: a stream that ends there cannot be cut into shards
+    else:
+        of = found.num_shards
+    stream = pickle.dumps(found)
+    sizes = [size // of if size is not None and of else None] * max(of, 1)
+    stretches = [
+        Shard(stream, index, of, sizes[index], asked.text_key, asked.max_document) for index in range(max(of, 1))
+    ]
+    return Texts(name, fingerprint, [of, plan], [], True, list(stretches))
+
+
+def _open(asked: Rows, builder: Any) -> Any:
+    if builder.info.splits:
+        _check_split(asked, list(builder.info.splits))
+    if asked.streaming:
+        splits = _try(asked.name, builder.as_streaming_dataset)
+        _check_split(asked, list(splits))
+        return splits[asked.split]
+    _try(asked.name, builder.download_and_prepare)
+    _check_split(asked, list(builder.info.splits))
+    return builder.as_dataset(split=asked.split)
+
+
+def _check_split(asked: Rows, splits: list[Any]) -> None:
+    if asked.split not in map(str, splits):
+        raise Refused(f"{asked.name} has no split '{asked.split}'; choose one of {', '.join(map(str, splits))}.")
+
+
+def _try(name: str, action: Any) -> Any:
+    """The library raises errors of many kinds for what it cannot open; disk and memory are no fault of the input."""
+    try:
+        return action()
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        for each in (error, error.__cause__):
+            if isinstance(each, OSError) and each.errno is not None and not isinstance(each, FileNotFoundError):
+                raise each from None
+        reasons = [" ".join(str(each).split()).rstrip(".") for each in (error, error.__cause__) if each is not None]
+        said = ": ".join(filter(None, reasons)) or type(error).__name__
+        raise Refused(f"datasets cannot open '{name}': {said}.") from None
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _quieten() -> None:
+    """The library's bars are for somebody who watches."""
+    datasets.utils.logging.set_verbosity(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+@lru_cache(maxsize=1)
+def _unpickle(stream: bytes) -> Any:
+    _quieten()
+    return pickle.loads(stream)

@@ -1,0 +1,105 @@
+"""A byte-level BPE trained on a sample of a source, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from conf.schema import Refused
+from data.records import Texts
+from data.texts import TextSource
+
+END = "<|end_of_document|>"
+# Words as GPT-4 cuts them (the pattern cl100k_base of OpenAI's tiktoken, as Qwen2 and Llama 3 use it): runs of digits
+# in threes, line ends apart from words, indentation in one piece.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SMALLEST = 257  # the bytes and the end of a document
+
+
+@dataclass(frozen=True)
+class TrainTokenizer(TextSource):
+    """Text to OUT, a tokenizer.json for `prepare tokenizer=OUT`: byte-level BPE with <|end_of_document|> as id 0."""
+
+    out: str = field(metadata={"help": "file to make"})
+    vocab: int = field(default=32768, metadata={"help": "tokens, with the 256 bytes and the end of a document"})
+    sample: int = field(
+        default=128 << 20, metadata={"help": "bytes of text to train on; memory grows with this, not with the source"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab < SMALLEST:
+            raise ValueError(f"vocab is {self.vocab}, but the bytes and the end of a document take {SMALLEST}.")
+        if self.sample < 1:
+            raise ValueError(f"sample is {self.sample}, but at least 1 byte is needed.")
+
+
+def train_tokenizer(request: TrainTokenizer) -> str:
+    """Train and write OUT in one act. The same source and settings give the same file.
+
+    Raises Refused where the source cannot be used or OUT is there already.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    out = Path(request.out)
+    if out.exists():
+        raise Refused(f"{out} exists; choose another out or remove it.")
+    texts = request.open()
+    tokenizer = Tokenizer(models.BPE())
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=request.vocab,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    taken = _Sample(texts, request.sample)
+    tokenizer.train_from_iterator(iter(taken), trainer)
+    if not taken.documents:
+        raise Refused(f"{request.source} holds no document in a sample of {request.sample:,} bytes; take a larger one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save(str(aside))
+        aside.rename(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    learned = tokenizer.get_vocab_size()
+    few = "" if learned == request.vocab else f" (not {request.vocab:,}: the sample holds no more pairs to merge)"
+    return f"{out}: {learned:,} tokens{few} from {taken.documents:,} documents of {taken.bytes:,} bytes."
+
+
+class _Sample:
+    """Documents of about `size` bytes: of a source of known size those whose hash is small enough, else the first."""
+
+    def __init__(self, texts: Texts, size: int) -> None:
+        self._texts = texts
+        self._size = size
+        share = 1.0 if not texts.size else min(size / texts.size, 1.0)
+        self._threshold = int(share * 2**64)
+        self.documents = 0
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        with tqdm(total=self._size, unit="B", unit_scale=True, desc="sample", disable=None) as bar:
+            for stretch in self._texts.stretches:
+                for record in stretch.records():
+                    if record.text is None or record.document >= self._threshold:
+                        continue
+                    if self._texts.size is None and self.bytes >= self._size:
+                        return
+                    read = len(record.text.encode())
+                    self.documents += 1
+                    self.bytes += read
+                    bar.update(read)
+                    yield record.text

@@ -1,0 +1,131 @@
+"""Which files a source means, how they are cut into work, and which documents are held out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conf.schema import Refused
+from data.files import STDLIB, File, cut, list_files
+from data.prepare import Prepare, prepare
+from data.records import Record, hash64
+from data.split import HeldOut
+
+ROOT = Path(__file__).parents[1]
+
+
+def side(held_out: HeldOut, name: str, document: int = 0) -> str:
+    return held_out.split(Record(name, "text", None, document, 0))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5 << 20), st.booleans()), min_size=1, max_size=12))
+def test_parts_of_work_cover_each_file_once(files: list[tuple[int, bool]]) -> None:
+    listed = [File(f"{i}.jsonl" if is_lines else f"{i}", "", size, 0) for i, (size, is_lines) in enumerate(files)]
+    pieces = [piece for part in cut(listed, 1 << 20) for piece in part]
+    for file in listed:
+        mine = [piece for piece in pieces if piece.name == file.name]
+        assert [piece.begin for piece in mine] == [0, *(piece.end for piece in mine[:-1])]
+        assert mine[-1].end == file.size
+        assert file.is_lines or all(piece.begin % (1 << 20) == 0 for piece in mine), "where a long document is cut"
+    assert [p.name for p in pieces] == sorted((p.name for p in pieces), key=lambda name: int(name.split(".")[0]))
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=60, unique=True), st.floats(0.001, 0.999))
+def test_both_sides_get_a_file_and_the_choice_is_the_files_own(names: list[str], share: float) -> None:
+    names = [name.encode(errors="replace").decode() for name in names]
+    if len(set(names)) < 2:
+        return
+    held_out = HeldOut.choose(share, "file", names)
+    sides = {name: side(held_out, name) for name in names}
+    assert set(sides.values()) == {"train", "valid"}
+    assert HeldOut.choose(share, "file", names[::-1]) == held_out
+    assert all(side(held_out, name, 7) == chosen for name, chosen in sides.items()), "a file goes to one side whole"
+
+
+def test_shares_are_held_out_as_asked() -> None:
+    names = [f"file {i}" for i in range(20_000)]
+    for share in (0.05, 0.5):
+        for held_out in (HeldOut.choose(share, "file", names), HeldOut.choose(share, "document", names)):
+            found = sum(side(held_out, name, hash64(name.encode())) == "valid" for name in names)
+            assert abs(found - share * len(names)) < 5 * (share * len(names)) ** 0.5
+    assert {side(HeldOut.choose(0.0, "file", names), name) for name in names} == {"train"}
+    assert HeldOut.choose(0.9, "file", names[:1]).split(Record(names[0], "", None, 0, 0)) == "train", (
+        "a lone file is trained on"
+    )
+
+
+def test_the_standard_library_is_its_source_without_tests() -> None:
+    files = list_files(STDLIB)
+    names = {file.name for file in files}
+    assert {"ast.py", "json/decoder.py"} <= names
+    assert not any(set(name.split("/")) & {"test", "tests", "site-packages"} for name in names)
+    assert sum(file.size for file in files) > 5_000_000
+    assert files == list_files(STDLIB)
+
+
+def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("1", "00", "02.txt", "01.txt", "12.txt"):
+        (tmp_path / "texts" / name).touch()
+    names = [file.name for file in list_files(f"{tmp_path}/te*/0*.txt")]
+    assert names == ["texts/01.txt", "texts/02.txt"]
+
+
+def test_odd_names_and_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Names of any bytes are read; links in circles, to folders and to nowhere are not followed and told."""
+    source = tmp_path / "odd"
+    source.mkdir()
+    names = [b"a\nb.txt", b"\xff\xfe.txt", " é.txt".encode(), b"*.txt"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_text(f"{name!r}")
+    (source / "circle").symlink_to(source)
+    (source / "itself").symlink_to(source / "itself")
+    (source / "nowhere").symlink_to(source / "gone")
+    (source / "zlink").symlink_to(source / "*.txt")
+    os.mkfifo(source / "pipe")
+    listed = list_files(str(source))
+    assert [os.fsencode(file.name) for file in listed] == sorted([*names, b"zlink"])
+    assert "3 symbolic links to folders or to nowhere" in capfd.readouterr().err
+    said = prepare(Prepare(str(source), str(tmp_path / "out"), held_out=0.3, processes=1))
+    assert "none skipped" in said
+
+
+def test_a_name_that_is_no_text_is_told_without_failing(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"\xff")
+    source.mkdir()
+    (source / "a.txt").write_text("text")
+    command = [
+        sys.executable,
+        "-m",
+        "data",
+        "prepare",
+        f"source={source}",
+        f"out={tmp_path / os.fsdecode(bytes([254]))}",
+    ]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, env={**os.environ, "LC_ALL": "C"}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_of_somebody_else_is_refused_by_name(tmp_path: Path) -> None:
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "mine.txt").write_text("text")
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    (source / "mine.txt").chmod(0o000)
+    me = os.geteuid()
+    if me == 0:  # whom no mode keeps out
+        os.seteuid(65534)
+    try:
+        with pytest.raises(Refused, match=r"mine\.txt may not be read by this user"):
+            list_files(str(source))
+    finally:
+        os.seteuid(me)

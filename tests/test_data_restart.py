@@ -1,0 +1,159 @@
+"""Work that is cut short anywhere goes on to the same bytes, and its memory does not grow with the source."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import part, workers
+from data.manifest import Manifest
+from data.megatron import indexed_dataset
+from data.part import Job, Part, make_parts
+from data.records import MALFORMED, NOT_UTF8
+from data.split import HeldOut
+from data.texts import TextSource
+from data.tokenfile import BLOCK, TokenFile
+
+ROOT = Path(__file__).parents[1]
+KILLS = 7
+
+
+def write_source(folder: Path) -> Path:
+    """JSONL with bad lines, and a text file over the limit; 22 stretches."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": "line\n" * int(n)}) for n in rng.integers(0, 6_000, 300)]
+    lines[::50] = ['{"text": "cut'] * len(lines[::50])
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.txt").write_text("a text without end\n" * 50_000)
+    (folder / "c.txt").write_bytes(b"na\xefve")
+    return folder
+
+
+def command(source: Path, out: Path) -> list[str]:
+    words = [f"source={source}", f"out={out}", "held_out=0.2", "max_document=200000", "processes=2"]
+    return [sys.executable, "-m", "data", "prepare", *words]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [found for child in children for found in (int(child), *descendants(int(child)))]
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL of the command, or of one of its processes, which it must notice and say."""
+    source = write_source(tmp_path / "texts")
+    began = time.monotonic()
+    subprocess.run(command(source, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    took = time.monotonic() - began
+    moments = random.Random(int(time.time()))
+    out = tmp_path / "out"
+    ends = []
+    for _ in range(KILLS):
+        process = subprocess.Popen(command(source, out), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        time.sleep(moments.uniform(0.2, 1.0) * took)
+        victim = moments.choice([process.pid, *descendants(process.pid)])
+        with contextlib.suppress(ProcessLookupError):  # it was done, or a worker was
+            os.kill(victim, signal.SIGKILL)
+        _, said = process.communicate()
+        ends.append(process.returncode)
+        assert process.returncode in (0, 1, -signal.SIGKILL), said
+        assert process.returncode != 1 or b"the same command goes on from there" in said
+        assert out.exists() == (process.returncode == 0 or 0 in ends)
+    finished = subprocess.run(command(source, out), cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert tree(out) == tree(tmp_path / "whole")
+    made = Manifest.read(out)
+    assert made.skipped == {MALFORMED: 6, NOT_UTF8: 1}
+    assert made.cut == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts", "whole"]
+
+
+def test_a_stretch_goes_on_behind_any_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "STRETCH", 60_000)
+    monkeypatch.setattr(part, "BATCH", 10_000)
+    monkeypatch.setattr(workers, "progress", lambda done: None)
+    (stretch,) = TextSource(str(write_source(tmp_path / "texts") / "a.jsonl")).open().stretches[:1]
+
+    def parts(folder: Path) -> dict[str, bytes]:
+        folder.mkdir(exist_ok=True)
+        made = make_parts(Job(stretch, folder / "0", "bytes", None, HeldOut("document", 2**62)))
+        return {path.name: path.read_bytes() for path in made}
+
+    whole = parts(tmp_path / "whole")
+    assert len(whole) > 3
+    assert [Part.read(tmp_path / "whole" / name).is_last for name in whole] == [False] * (len(whole) - 1) + [True]
+    for kept in range(len(whole)):
+        folder = tmp_path / f"{kept}"
+        folder.mkdir()
+        for name in list(whole)[:kept]:
+            (folder / name).write_bytes(whole[name])
+        assert parts(folder) == whole
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+@pytest.mark.parametrize("documents", [0, 1, 1000, BLOCK + 1])
+def test_token_files_are_those_of_megatron(kind: type, documents: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(documents)
+    lengths = rng.integers(1, 4, documents).astype(np.int32)
+    tokens = rng.integers(0, 60_000, lengths.sum()).astype(kind)
+    ours = TokenFile(tmp_path / "ours", kind)
+    half = documents // 2
+    ours.add(tokens[: lengths[:half].sum()], lengths[:half])
+    ours.add(tokens[lengths[:half].sum() :], lengths[half:])
+    ours.close()
+    theirs = indexed_dataset().IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=kind)
+    ends = np.cumsum(lengths)
+    for begin, end in zip(ends - lengths, ends, strict=True):
+        theirs.add_document(tokens[begin:end], [int(end - begin)])
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
+MEASURE = """
+import json, re, resource, sys
+from multiprocessing import forkserver
+from pathlib import Path
+from data.prepare import Prepare, prepare
+prepare(Prepare(sys.argv[1], sys.argv[2], processes=1))
+forkserver._forkserver._stop()
+own = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())  # getrusage counts from before exec
+print(json.dumps([int(own[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+"""
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    """A third and the whole of 180 MB in 300,000 documents, in one stretch; a third already fills several parts."""
+    peaks, sizes = [], []
+    for documents in (100_000, 300_000):
+        path = tmp_path / f"{documents}.jsonl.gz"
+        with gzip.open(path, "wt", compresslevel=1) as file:
+            file.writelines(f'{{"text": "{i} {"some text " * 59}"}}\n' for i in range(documents))
+        measured = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / f"{documents}")]
+        done = subprocess.run(measured, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        peaks.append([1024 * kib for kib in json.loads(done.stdout)])
+        sizes.append(sum(split.bytes for split in Manifest.read(tmp_path / f"{documents}").splits.values()))
+    grown = sizes[1] - sizes[0]
+    parent, worker = (large - small for small, large in zip(*peaks, strict=True))
+    assert worker < grown / 8
+    assert parent < grown / 6, "a hundred bytes a document would be more"

@@ -1,0 +1,173 @@
+"""Rows of the `datasets` library: however they are opened, they are the records of the same JSONL."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from conf.schema import Refused
+from data.manifest import Manifest
+from data.prepare import Prepare, prepare
+from data.records import EMPTY, NO_TEXT, NOT_UTF8
+from data.rows import Shard
+from data.texts import TextSource
+
+LIMIT = 1000
+
+
+def texts() -> list[str | None]:
+    """Short, empty, missing, odd and over the limit."""
+    rng = np.random.default_rng(0)
+    some: list[str | None] = [f"{i} naïve 𐍈\n" * int(n) for i, n in enumerate(rng.integers(1, 30, 300))]
+    some[7], some[70], some[150], some[299] = "", None, " \n", "a line\n" * 500
+    return some
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The texts in each form in which they can be kept."""
+    folder = tmp_path_factory.mktemp("rows")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    rows = {"text": texts(), "n": list(range(300))}
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    table = pa.table(rows)
+    (folder / "parquet").mkdir()
+    for name, part in (("0", table.slice(0, 40)), ("1", table.slice(40))):
+        parquet.write_table(part, folder / "parquet" / f"{name}.parquet", row_group_size=70)
+    dataset = datasets.Dataset(table)
+    dataset.save_to_disk(folder / "saved", num_shards=3)
+    datasets.DatasetDict(train=dataset, test=dataset.select(range(2))).save_to_disk(folder / "splits")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "keys"),
+    [
+        pytest.param("parquet", {}, id="folder-of-parquet"),
+        pytest.param("parquet/*.parquet", {}, id="glob-of-parquet"),
+        pytest.param("datasets:saved", {}, id="saved"),
+        pytest.param("datasets:splits", {}, id="saved-with-splits"),
+        pytest.param("datasets:parquet", {"data_files": "parquet/*.parquet"}, id="parquet-builder"),
+        pytest.param("datasets:json", {"data_files": "a.jsonl"}, id="json-builder"),
+        pytest.param("datasets:json", {"data_files": "a.jsonl", "streaming": True}, id="json-builder-streaming"),
+        pytest.param(
+            "datasets:parquet", {"data_files": "parquet/*.parquet", "streaming": True}, id="parquet-builder-streaming"
+        ),
+    ],
+)
+def test_every_way_gives_the_records_of_the_same_jsonl(
+    source: str, keys: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    expected = read(TextSource("a.jsonl", max_document=LIMIT))
+    assert read(TextSource(source, max_document=LIMIT, **keys)) == expected
+    assert {EMPTY, NO_TEXT, None} == {skipped for _, skipped, _, _ in expected}
+    assert any(cut for _, _, _, cut in expected)
+
+
+def read(source: TextSource) -> list[tuple[str | None, str | None, int, bool]]:
+    """The records, in order, as a worker gets them."""
+    stretches = pickle.loads(pickle.dumps(source.open().stretches))
+    return [(r.text, r.skipped, r.document, r.cut) for stretch in stretches for r in stretch.records()]
+
+
+def test_parquet_becomes_the_corpus_of_the_same_jsonl(folder: Path, tmp_path: Path) -> None:
+    made = []
+    for source in ("parquet", "a.jsonl"):
+        out = tmp_path / source
+        prepare(Prepare(f"{folder}/{source}", str(out), held_out=0.2, processes=1, max_document=LIMIT))
+        made.append(Manifest.read(out))
+    assert made[0].splits == made[1].splits
+    assert made[0].skipped == made[1].skipped == {EMPTY: 2, NO_TEXT: 1}
+    assert made[0].cut == made[1].cut > 0
+    assert all(split.documents for split in made[0].splits.values())
+
+
+def test_the_first_rows_are_those_of_the_whole(folder: Path) -> None:
+    first = read(TextSource(f"{folder}/parquet", rows=60))
+    assert len(first) == 60
+    assert first == read(TextSource(f"{folder}/parquet"))[:60]
+
+
+def test_text_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
+    """Parquet says text and holds any bytes; one such row must not fail the rows around it."""
+    bad = pa.array([b"good", b"na\xefve", b"also good"]).view(pa.string())
+    parquet.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    found = read(TextSource(str(tmp_path / "a.parquet")))
+    assert [text or skipped for text, skipped, _, _ in found] == ["good", NOT_UTF8, "also good"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(lambda texts: pa.array(texts, pa.large_string()), id="large-string"),
+        pytest.param(lambda texts: pa.array(texts).dictionary_encode(), id="dictionary"),
+    ],
+)
+def test_kinds_of_text_columns(kind: Callable[[list[str]], pa.Array], tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": kind(["a", "b", "a"])}), tmp_path / "a.parquet")
+    assert [text for text, *_ in read(TextSource(str(tmp_path / "a.parquet")))] == ["a", "b", "a"]
+
+
+def test_copies_are_held_out_together(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {i % 50}"}) for i in range(500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare(Prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), held_out=0.3, processes=1))
+    counts = [split.documents for split in Manifest.read(tmp_path / "out").splits.values()]
+    assert all(count % 10 == 0 and count > 0 for count in counts)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        pytest.param({"source": "parquet", "text_key": "body"}, "has no column 'body'", id="column-of-parquet"),
+        pytest.param({"source": "datasets:saved", "text_key": "body"}, "has no column 'body' but text, n", id="column"),
+        pytest.param(
+            {"source": "datasets:splits", "split": "valid"}, "no split 'valid'; choose one of train, test", id="split"
+        ),
+        pytest.param({"source": "datasets:saved", "held_out_by": "file"}, "has no file to hold out", id="held-out-by"),
+        pytest.param({"source": "datasets:json"}, "datasets cannot open 'json'", id="no-data-files"),
+        pytest.param(
+            {"source": "datasets:json", "data_files": "none*"}, "datasets cannot open 'json'", id="no-such-files"
+        ),
+        pytest.param({"source": "datasets:./nowhere"}, "datasets cannot open './nowhere'", id="no-such-folder"),
+        pytest.param({"source": "parquet", "split": "test"}, "split says how a dataset", id="split-of-parquet"),
+        pytest.param({"source": "saved"}, "open it with source=datasets", id="saved-as-files"),
+        pytest.param({"source": "mixed"}, r"holds Parquet and other files \(b.txt\)", id="mixed"),
+        pytest.param({"source": "bad.parquet"}, "datasets cannot open 'bad.parquet'", id="damaged"),
+        pytest.param({"source": "a.jsonl", "rows": 3}, "rows counts the rows of a dataset", id="rows-of-files"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused(
+    keys: dict[str, Any], sentence: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (folder / "bad.parquet").write_bytes(b"PAR1 no")
+    (folder / "mixed").mkdir(exist_ok=True)
+    (folder / "mixed" / "a.parquet").write_bytes((folder / "parquet" / "0.parquet").read_bytes())
+    (folder / "mixed" / "b.txt").write_text("text")
+    with pytest.raises((Refused, ValueError)) as refused:
+        prepare(Prepare(out=str(tmp_path / "out"), **keys))
+    assert re.search(sentence, str(refused.value)), refused.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_of_datasets_need_a_dataset() -> None:
+    with pytest.raises(ValueError, match="streaming says how a dataset is opened"):
+        TextSource("stdlib", streaming=True)
+
+
+def test_a_job_carries_the_stream_and_not_the_rows(folder: Path) -> None:
+    stretches = TextSource(f"datasets:{folder}/saved").open().stretches
+    assert all(isinstance(s, Shard) and len(s.stream) < 100_000 for s in stretches)
