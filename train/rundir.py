@@ -29,6 +29,9 @@ from train.ranks import Ranks
 
 CODE = Path(__file__).parents[1]
 PACKAGES = ("train", "models", "parallel", "data", "launch", "conf")
+REVISION = "revision.json"
+"""Beside frozen code, which may lie inside the working tree of quite another commit."""
+
 MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "train.steps", "train.micro_batch",
               "train.recompute", "train.compile", "train.core", "train.init", "data.validation")  # fmt: skip
 WHERE_DATA_LIES = re.compile(r"data\.train\.(.+\.)?path")
@@ -129,7 +132,7 @@ def settle(directory: Path, config: Config, environment: dict[str, Any]) -> None
         _tell_differences(json.loads(earlier.read_text()), environment)
     write_whole(directory / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     write_whole(earlier, json.dumps(environment, indent=1))
-    _snapshot_code(directory / "code.tar.gz")
+    snapshot_code(directory / "code.tar.gz")
 
 
 def write_exit(directory: Path, code: int, reason: str) -> None:
@@ -153,7 +156,7 @@ def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": versions,
-        "code": _revision(),
+        "code": revision(),
         "command": sys.argv,
         "core": config.train.core,
     }
@@ -214,7 +217,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _revision() -> dict[str, Any] | None:
+def revision() -> dict[str, Any] | None:
+    """The commit of this code, and whether files differ from it; None outside a repository."""
+    frozen = CODE / REVISION
+    if frozen.exists():
+        known: dict[str, Any] | None = json.loads(frozen.read_text())
+        return known
     try:
         git = ["git", "-C", str(CODE)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -224,7 +232,8 @@ def _revision() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changed.strip())}
 
 
-def _snapshot_code(file: Path) -> None:
+def snapshot_code(file: Path) -> None:
+    """Pack the code that runs here into a .tar.gz."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for package in PACKAGES:
