@@ -27,9 +27,15 @@ SECTIONS = ("attention", "moe", "residual")
 """Groups that a model refers to as a whole, `${attention}`; they are building material, not sections of a run."""
 
 
-def groups() -> list[str]:
-    """The configuration groups, sorted."""
-    return sorted(path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+def groups(root: str = "train") -> list[str]:
+    """The configuration groups that `conf/<root>.yaml` is made of, sorted."""
+    found: set[str] = set()
+    for entry in OmegaConf.load(ROOT / f"{root}.yaml").defaults:
+        if isinstance(entry, str):
+            found.update(groups(entry) if entry != "_self_" else ())
+        else:
+            found.update(map(str, entry))
+    return sorted(found)
 
 
 def choices(group: str) -> list[str]:
@@ -40,7 +46,7 @@ def choices(group: str) -> list[str]:
 def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
     """The configuration `conf/<root>.yaml` under `overrides`, resolved to plain values. Raises Refused."""
     parsed = _parse(overrides)
-    prepared = [_prepare(override) for override in parsed]
+    prepared = [_prepare(override, groups(root)) for override in parsed]
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             config = hydra_compose(root, prepared)
@@ -59,7 +65,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise Refused(f"an override cannot be read: {_first_line(error)}; write it as key=value.") from None
 
 
-def _prepare(override: Override) -> str:
+def _prepare(override: Override, known: Sequence[str]) -> str:
     """Check the choice of a group; let the value of any other key through, to be checked with the whole."""
     line = override.input_line or ""
     key = override.key_or_group
@@ -67,7 +73,7 @@ def _prepare(override: Override) -> str:
         raise Refused(f"{line} gives several values, but this is one run; `python -m launch sweep` starts many.")
     if key.partition(".")[0] == "hydra":
         raise Refused(f"{line} is not read: Hydra only composes the configuration; run.dir names a run's directory.")
-    if key in groups():
+    if key in known:
         choice = override.value()
         if isinstance(choice, str) and choice not in choices(key):
             raise Refused(unknown_choice(key, choice, choices(key)))

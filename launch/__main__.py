@@ -15,6 +15,8 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 COMMANDS = {
     "demo": ("launch.demo.command", "pretrain small arms with different KV compression, kill and resume one, compare"),
     "report": ("launch.report.command", "compare runs: tables, plots and one page"),
+    "submit": ("launch.slurm.submit", "check a run, freeze it into its directory, and hand it to SLURM"),
+    "status": ("launch.slurm.status", "what runs, what waits and for what, what ended and why"),
     "speed": ("launch.speed", "how fast this machine trains a configuration, without data and checkpoints"),
 }
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import browser
+from tests import browser, slurm_cluster
 
 LIST = Path(__file__).with_suffix(".txt")
 MACHINES: dict[str, Callable[[], bool]] = {
     "cpu": lambda: not torch.cuda.is_available(),
     "cuda": torch.cuda.is_available,
     "no browser": lambda: not browser.is_here(),
+    "no slurm": slurm_cluster.missing,
+    "no mounts": lambda: not slurm_cluster.missing() and not slurm_cluster.can_hide(),
 }
 """What a line of the list may say of a machine; several may hold of one."""
 

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,6 +21,7 @@ USAGE = """usage: python -m train [group=choice] [key=value] ...
 
 One run, resumed by the same command. Keys follow Hydra's grammar: train.steps=500, attention=mla, run.dir=runs/mine.
 `python -m train --show [overrides]` prints the resolved configuration and stops.
+`python -m train --config FILE` runs a resolved configuration, such as the config.yaml of a run, as it is.
 """
 
 
@@ -30,7 +33,7 @@ def main(arguments: list[str]) -> int:
             print(f"  {group:12} {' '.join(choices(group))}")
         return 0
     try:
-        config = run_config.read(compose([a for a in arguments if a != "--show"]))
+        config = run_config.read(_values([a for a in arguments if a != "--show"]))
         if "--show" in arguments:
             print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
             return 0
@@ -43,6 +46,22 @@ def main(arguments: list[str]) -> int:
         if _speaks():
             print("interrupted at the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
         return KEYBOARD
+
+
+def _values(arguments: list[str]) -> dict[str, Any]:
+    if "--config" not in arguments:
+        return compose(arguments)
+    if len(arguments) != 2 or arguments[0] != "--config":
+        raise Refused("--config takes one file and nothing beside it; give overrides alone, or edit the file.")
+    file = Path(arguments[1])
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or "it is no YAML"
+        raise Refused(f"--config {file} cannot be read ({reason}); name a resolved configuration.") from None
+    if not isinstance(values, dict):
+        raise Refused(f"--config {file} holds no configuration; name a resolved one, such as a run's config.yaml.")
+    return values
 
 
 def _run(config: run_config.Config) -> int:

@@ -84,19 +84,32 @@ def _identity() -> tuple[int, int, int]:
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     # a batch script has SLURM's variables too, but is no step: only tasks of srun are ranks
-    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    if "SLURM_STEP_ID" in os.environ and int(os.environ["SLURM_STEP_NUM_TASKS"]) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_STEP_NODELIST"])
+        os.environ.setdefault("MASTER_PORT", str(_port(os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"])))
+        rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
         return rank, world_size, int(os.environ["SLURM_LOCALID"])
     return 0, 1, 0
 
 
 def _first_host(nodes: str) -> str:
+    """Of a list such as gpu[03-07]; on it runs the first task."""
     if "[" not in nodes:
         return nodes.partition(",")[0]
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise Refused(
+            f"the first of the nodes {nodes} is not known, because scontrol cannot be run here; "
+            "set MASTER_ADDR to its address."
+        ) from None
     return listed.stdout.split()[0]
+
+
+def _port(job: str, step: str) -> int:
+    """Every task finds the same, other steps on these nodes most likely another; below what Linux gives to clients."""
+    return 12000 + (101 * int(job) + int(step)) % 20000
 
 
 def _device(run: RunSection, local_rank: int) -> torch.device:

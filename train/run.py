@@ -45,7 +45,7 @@ def run(config: Config, ranks: Ranks) -> int:
     """Returns the exit code. Raises Refused where nothing was changed."""
     directory = Path(config.run.dir)
     with ExitStack() as held:
-        sources = ranks.together(lambda: _open(config, ranks))
+        sources = ranks.together(lambda: check(config, ranks.world_size))
         if _stays_stopped(directory, ranks):
             return INTERRUPTED
         ranks.on_first(lambda: held.enter_context(rundir.locked(directory)))
@@ -90,8 +90,8 @@ def _finish_saving(checkpoints: Checkpoints) -> None:
         tell(failure)
 
 
-def _open(config: Config, ranks: Ranks) -> Sources:
-    """Everything that can be refused by looking alone."""
+def check(config: Config, world_size: int) -> Sources:
+    """Everything that can be refused by looking alone, before there are ranks. Raises Refused."""
     mixture, probes = config.data.open()
     vocab = max(mixture.vocab, *(probe.source.vocab for probe in probes.values()), 0)
     if vocab > config.model.vocab:
@@ -99,16 +99,15 @@ def _open(config: Config, ranks: Ranks) -> Sources:
             f"the data has token ids up to {vocab - 1}, but model.vocab is {config.model.vocab}; "
             f"set model.vocab to {vocab} or more."
         )
-    if ranks.world_size % config.parallel.replicate:
+    if world_size % config.parallel.replicate:
         raise Refused(
-            f"parallel.replicate ({config.parallel.replicate}) does not divide {ranks.world_size} ranks; "
-            "take a divisor."
+            f"parallel.replicate ({config.parallel.replicate}) does not divide {world_size} ranks; take a divisor."
         )
     table = stretches(config.train, 0.0)
     for stretch in table:
-        if stretch.rows % ranks.world_size:
+        if stretch.rows % world_size:
             raise Refused(
-                f"a step has {stretch.rows} windows, which {ranks.world_size} ranks cannot share evenly; "
+                f"a step has {stretch.rows} windows, which {world_size} ranks cannot share evenly; "
                 f"change the batch from step {stretch.start} on, or the number of ranks."
             )
         for name, probe in probes.items():

@@ -31,6 +31,9 @@ from train.ranks import Ranks
 
 CODE = Path(__file__).parents[1]
 PACKAGES = ("train", "models", "parallel", "data", "launch", "conf")
+REVISION = "revision.json"
+"""Beside frozen code, which may lie inside the working tree of quite another commit."""
+
 MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "train.steps", "train.micro_batch",
               "train.recompute", "train.compile", "train.core", "train.init", "train.profile",
               "data.validation")  # fmt: skip
@@ -137,7 +140,7 @@ def settle(directory: Path, config: Config, environment: dict[str, Any], step: i
     with contextlib.suppress(OSError, ValueError):
         _tell_differences(json.loads(earlier.read_text()), environment)
     write_whole(directory / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-    environment = {**environment, "archive": _snapshot_code(directory)}
+    environment = {**environment, "archive": snapshot_code(directory)}
     write_whole(earlier, json.dumps(environment, indent=1))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with (directory / "starts.jsonl").open("a") as file:
@@ -173,7 +176,7 @@ def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": versions,
-        "code": _revision(),
+        "code": revision(),
         "command": sys.argv,
         "core": config.train.core,
     }
@@ -234,7 +237,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _revision() -> dict[str, Any] | None:
+def revision() -> dict[str, Any] | None:
+    """The commit of this code, and whether files differ from it; None outside a repository."""
+    frozen = CODE / REVISION
+    if frozen.exists():
+        known: dict[str, Any] | None = json.loads(frozen.read_text())
+        return known
     try:
         git = ["git", "-C", str(CODE)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -244,7 +252,7 @@ def _revision() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changed.strip())}
 
 
-def _snapshot_code(directory: Path) -> str:
+def snapshot_code(directory: Path) -> str:
     """Archive the code unless an earlier start had the same; returns the archive's name, which tells its content."""
     files = [path for package in PACKAGES for path in sorted((CODE / package).rglob("*.*"))]
     contents = {str(path.relative_to(CODE)): path.read_bytes() for path in files if path.suffix in (".py", ".yaml")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 from conf.schema import Refused
+from launch.lock import is_locked
 from launch.report import validation
 from models.model import Model
 from train import config as run_config
@@ -74,7 +74,7 @@ def read(directory: Path) -> Record:
         config = run_config.read(values)
     except Refused as refusal:
         raise Refused(f"{directory}/config.yaml is of another version or was edited: {refusal}") from None
-    running = _is_locked(directory / ".lock")
+    running = is_locked(directory / ".lock")
     problems: list[str] = []
     lines = _read_metrics(directory / "metrics.jsonl", running, problems)
     steps = _one_a_step([line for line in lines if "loss" in line and "tokens" in line])
@@ -146,15 +146,3 @@ def _read_environment(file: Path, problems: list[str]) -> dict[str, Any]:
         problems.append("environment.json is missing or cannot be read, so the machine is not known")
         return {}
     return environment if isinstance(environment, dict) else {}
-
-
-def _is_locked(file: Path) -> bool:
-    """Whether a process trains in this directory now."""
-    try:
-        with open(file) as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
