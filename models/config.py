@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from conf import schema
 from models import mechanism
-from models.norm import Kind
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tied: bool = False
     std: float = 0.02
-    norm: Kind = "rms"
+    norm: Literal["rms", "layer"] = "rms"
     post_norm: bool = False
     block_scale: bool = False
     embedding_scale: float = 1.0
