@@ -256,7 +256,8 @@ def test_torchrun_asked_to_stop(reference: Reference) -> None:
     def ask(slow: bool) -> dict[str, Any]:
         before = steps_made(run)
         agent = spawn(folder, arguments, output, **variables)
-        wait_for_step(run, before + 6, agent)
+        # at step 8 the second save begins, and before it the first one is finished
+        wait_for_step(run, before + (9 if slow else 2), agent)
         if slow:
             (folder / "slow").touch()
         agent.terminate()
