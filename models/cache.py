@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.contract import NOTHING, Entries, Pieces, Sequence, Slot, State
 from models.model import Model
-from models.sequence import local_counts
+from models.sequence import local_counts, local_readers
 
 
 @dataclass
@@ -162,6 +162,9 @@ class Cached:
 
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
         return {name: [self.cache.stores[self.layer, name].append(entries)] for name, entries in state.items()}
+
+    def readers(self, stride: int) -> Tensor:
+        return local_readers(self.position, self.document, stride)
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         return value.detach()

@@ -138,6 +138,11 @@ class Sequence(Protocol):
         """All entries that the tokens in hand may read: their own and those of other tokens."""
         ...
 
+    def readers(self, stride: int) -> Tensor:
+        """How many tokens of the global batch see at least one entry of this stride, known before the forward: a
+        scalar, by which losses of queries divide."""
+        ...
+
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         """Sum over whatever shards `axis`; carries no gradient."""
         ...

@@ -44,6 +44,7 @@ class Shard:
     def __init__(self, whole: Whole, start: int, stop: int, index: int, meeting: Meeting, form: Form) -> None:
         self.position, self.document = whole.position[:, start:stop], whole.document[:, start:stop]
         self.counts = whole.counts
+        self.readers = whole.readers
         self.block_masks: dict[int | None, Any] = {}
         self.index, self.meeting, self.form = index, meeting, form
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 from data.batch import Batch
 from models.linear import full_precision
 from models.model import Losses, Model, Scores
-from models.sequence import Whole
+from models.sequence import Whole, local_readers
 from parallel.apply import apply, defer_replicas, sum_gradients, total
 from train import optimizer
 from train.config import Config
@@ -65,6 +65,7 @@ class Engine:
         core = importlib.import_module(f"models.cores.{train.core}")
         self.prepare = getattr(core, "prepare", None)
         self.slots = [slot for attention in model.attentions() for slot in attention.slots()]
+        self.strides = sorted({slot.stride for slot in self.slots if slot.kind == "entry"})
         for attention in model.attentions():
             attention.core = core.core
         self.model = apply(
@@ -87,15 +88,17 @@ class Engine:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
         device = self.ranks.device
         # filled on the device: copying them from the host would wait for the step before
-        mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0])
+        own = [int(local_readers(batch.position, batch.document, stride)) for stride in self.strides]
+        mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0], *own)
         counts = total(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]), self.mesh)
         scored, known = counts[0].clamp_min(1), {"tokens": counts[1], "sequences": counts[2]}
+        readers = dict(zip(self.strides, counts[3:].clamp_min(1), strict=True))
         sums = torch.zeros(2, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
         micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
         for i, micro in enumerate(micro_batches):
             defer_replicas(self.model, i < len(micro_batches) - 1)
-            losses = self.model(micro.ids, self._sequence(micro, known), micro.targets[0])
+            losses = self.model(micro.ids, self._sequence(micro, known, readers), micro.targets[0])
             assert isinstance(losses, Losses)
             (losses.cross_entropy / scored + losses.extra).backward()
             sums += torch.stack((losses.cross_entropy.detach(), losses.extra.detach()))
@@ -138,7 +141,7 @@ class Engine:
                 edges = position_edges(batch.ids.shape[1])
                 by_position = sums.new_zeros(2, len(edges) - 1)
             for micro in _micro_batches(batch.to(self.ranks.device), self.config.train.micro_batch):
-                scores = self.model(micro.ids, self._sequence(micro, None), micro.targets[0], score=True)
+                scores = self.model(micro.ids, self._sequence(micro), micro.targets[0], score=True)
                 assert isinstance(scores, Scores)
                 scored = micro.targets[0] >= 0
                 by_position += _by_position(scores.cross_entropy.double(), scored, micro.position, edges)
@@ -150,8 +153,12 @@ class Engine:
         shares = [share / count if count else None for share, count in zip(losses, counts, strict=True)]
         return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens), edges, shares)
 
-    def _sequence(self, batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
-        sequence = Whole(batch.position, batch.document, single_document=batch.single_document, counts=counts)
+    def _sequence(
+        self, batch: Batch, counts: dict[str, Tensor] | None = None, readers: dict[int, Tensor] | None = None
+    ) -> Whole:
+        sequence = Whole(
+            batch.position, batch.document, single_document=batch.single_document, counts=counts, readers=readers
+        )
         if self.prepare is not None:
             self.prepare(sequence, self.slots)
         return sequence
