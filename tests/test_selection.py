@@ -164,7 +164,7 @@ def test_lesson_of_all_visible_entries(
     held = 0.0
     for b, s in seeing:
         all_visible = candidates(b, s)
-        best = sorted(range(len(all_visible)), key=lambda i: -float(by_hand(index, key, b, s, all_visible[i])))[:2]
+        best = sorted(range(len(all_visible)), key=lambda i: -by_hand(index, key, b, s, all_visible[i]).item())[:2]
         mass = mass_by_hand(query, main_key, rest, all_visible, b, s)
         held += float(mass[best].sum() / mass.sum())
     assert lesson.report["recall"].tolist() == pytest.approx([held, len(seeing)])
@@ -184,7 +184,7 @@ def test_lesson_of_the_chosen_entries(
     index, key, query, main_key, beside = drawn(whole, entries.position.shape[1])
     rest = beside if joint else None
     places = choose(index, key, visibility, 3)
-    _, _, mass = gathered.core(query, main_key, 2, places, SCALE, rest)
+    _, _, mass = gathered.core(query, (main_key[..., :2], main_key[..., 2:]), places, SCALE, rest)
     attended = Attended(query, main_key.unsqueeze(2), SCALE, rest)
     lesson = teach_chosen(index, key, mass, places, attended, visibility, whole)
 
@@ -215,7 +215,7 @@ def test_recall_is_whole_when_everything_is_chosen() -> None:
     index, key, query, main_key, _ = drawn(whole, 11)
     places = choose(index, key, visibility, 11)
     attended = Attended(query, main_key.unsqueeze(2), SCALE)
-    _, _, mass = gathered.core(query, main_key, 2, places, SCALE)
+    _, _, mass = gathered.core(query, (main_key[..., :2], main_key[..., 2:]), places, SCALE)
     for lesson in (
         teach_all(index, key, attended, visibility, 11, whole),
         teach_chosen(index, key, mass, places, attended, visibility, whole),
@@ -231,7 +231,7 @@ def test_gathered_core_is_the_plain_one_under_a_mask(whole: Whole, tile: int, mo
     index, key, query, main_key, _ = drawn(whole, 11)
     visibility = Visibility.of(entries_of(whole, 1), whole)
     places = choose(index, key, visibility, 3)
-    out, lse, _ = gathered.core(query, main_key, 2, places, SCALE)
+    out, lse, _ = gathered.core(query, (main_key[..., :2], main_key[..., 2:]), places, SCALE)
 
     class Chosen(Visibility):
         def mask(self) -> Tensor:

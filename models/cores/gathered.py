@@ -17,20 +17,24 @@ from models.selection.index import present, take
 TILE_NUMBERS = 2**26
 """Gathered numbers held at once."""
 
+TILE_QUERIES = 256
+"""Queries of a tile, even where more would fit."""
+
 
 def core(
-    q: Tensor, k: Tensor, value_dim: int, places: Tensor, scale: float, rest: Tensor | None = None
+    q: Tensor, parts: tuple[Tensor, ...], places: Tensor, scale: float, rest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q: [B, S, H, d]; k: [B, T, d], whose first `value_dim` numbers are the value; places: [B, S, k] into T.
+    """q: [B, S, H, d]; parts: the key's parts [B, T, ...], d numbers together, the first of which is the value [B, T,
+    e]; places: [B, S, k] into T.
 
     rest: [B, S, H], log-sum-exp of whatever else is in the softmax's denominator (a window, a sink).
-    Returns the output [B, S, H, value_dim] and log-sum-exp [B, S, H] over the chosen alone, and their mass
+    Returns the output [B, S, H, e] and log-sum-exp [B, S, H] over the chosen alone, and their mass
     [B, S, k]: the probability that each chosen entry has in the whole softmax, summed over heads, without a gradient.
     """
     num_rows, length, heads, size = q.shape
-    step = max(1, TILE_NUMBERS // max(1, num_rows * places.shape[2] * max(size, heads)))
+    step = min(TILE_QUERIES, max(1, TILE_NUMBERS // max(1, num_rows * places.shape[2] * max(size, heads))))
     if length <= step:
-        return _tile(q, k, value_dim, places, scale, rest)
+        return _tile(q, parts, places, scale, rest)
     results = []
     for start in range(0, length, step):
         part = slice(start, start + step)
@@ -39,8 +43,7 @@ def core(
             checkpoint(
                 _tile,
                 q[:, part],
-                k,
-                value_dim,
+                parts,
                 places[:, part],
                 scale,
                 cut,
@@ -53,16 +56,17 @@ def core(
 
 
 def _tile(
-    q: Tensor, k: Tensor, value_dim: int, places: Tensor, scale: float, rest: Tensor | None
+    q: Tensor, parts: tuple[Tensor, ...], places: Tensor, scale: float, rest: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys, mask = take(k, places), present(places)[:, :, None]
+    taken, mask = [take(part, places) for part in parts], present(places)[:, :, None]
+    keys = taken[0] if len(taken) == 1 else torch.cat(taken, -1)
     scores = (q @ keys.transpose(-1, -2)).to(full_precision(q.dtype)) * scale
     seen = mask.any(-1)
     # a query that chose nothing would be softmax of -inf alone
     safe = scores.masked_fill(~mask, float("-inf")).masked_fill(~seen[..., None], 0.0)
     lse = torch.logsumexp(safe, -1).masked_fill(~seen, float("-inf"))
     weights = torch.softmax(safe, -1) * seen[..., None]
-    out = weights.to(q.dtype) @ keys[..., :value_dim]
+    out = weights.to(q.dtype) @ taken[0]
     return out, lse, _mass(weights.detach(), lse.detach(), rest)
 
 

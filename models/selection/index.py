@@ -12,13 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.contract import Visibility
+from models.contract import Entries, Visibility
 from models.linear import Linear, full_precision
 from models.parameter import Module
 from models.selection.top import NOWHERE, top
 
 TILE_NUMBERS = 2**26
 """Scores of single heads held at once: 256 MiB in fp32."""
+
+TILE_QUERIES = 256
+"""Queries of a tile, even where more would fit."""
 
 
 class Index(NamedTuple):
@@ -54,7 +57,7 @@ class IndexQuery(Module):
 
 def scores(index: Index, key: Tensor) -> Tensor:
     """key: [B, T, d]. Returns [B, S, T] in fp32. Holds [B, S, I, T]: for a tile of queries, or a test."""
-    return (index.weight.unsqueeze(2) @ heads_of(index, key)).squeeze(2)
+    return summed(index.weight, heads_of(index, key))
 
 
 def heads_of(index: Index, key: Tensor) -> Tensor:
@@ -67,6 +70,11 @@ def heads_at(index: Index, keys: Tensor) -> Tensor:
     """What each index head sees of the entries taken for its query. keys: [B, S, k, d]. Returns [B, S, I, k]."""
     products = index.query @ keys.transpose(-1, -2)
     return torch.relu(products.to(full_precision(products.dtype)))
+
+
+def summed(weight: Tensor, by_head: Tensor) -> Tensor:
+    """Over heads: weight [B, S, I], by_head [B, S, I, T]. Returns [B, S, T]."""
+    return (weight[..., None] * by_head).sum(2)
 
 
 @torch.no_grad()
@@ -84,10 +92,26 @@ def tiles(visibility: Visibility, num_entries: int, numbers: int) -> Iterator[tu
     """Cut the queries so that a tile, of `numbers` for each pair, stays small. Yields (start, stop, entries to look
     at): where entries are the tokens in hand, those after the tile's last query are of no use to it."""
     num_rows, length = visibility.query_position.shape
-    step = max(1, TILE_NUMBERS // max(1, num_rows * num_entries * numbers))
+    step = min(TILE_QUERIES, max(1, TILE_NUMBERS // max(1, num_rows * num_entries * numbers)))
     for start in range(0, length, step):
         stop = min(start + step, length)
         yield start, stop, stop if visibility.aligned else num_entries
+
+
+def together(pieces: list[Entries]) -> Entries:
+    """All pieces as one, since a choice is made among all entries. In order of position, which ties are broken by."""
+    if len(pieces) == 1:
+        return pieces[0]
+    joined = pieces[0]
+    for piece in pieces[1:]:
+        joined = joined.concatenate(piece)
+    order = torch.argsort(joined.position, dim=1, stable=True)
+
+    def sort(values: Tensor) -> Tensor:
+        return take(values, order[:, None]).squeeze(1)
+
+    parts = {name: sort(part) for name, part in joined.parts.items()}
+    return Entries(parts, sort(joined.position), sort(joined.document))
 
 
 def take(rows: Tensor, places: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.contract import Report, Sequence, Visibility
 from models.linear import full_precision
-from models.selection.index import Index, heads_at, heads_of, present, take, tiles
+from models.selection.index import Index, heads_at, heads_of, present, summed, take, tiles
 from models.selection.top import top
 
 SAMPLED = 8
@@ -43,7 +43,6 @@ class Attended:
         rest = None if self.rest is None else self.rest[:, start:stop]
         return replace(self, query=self.query[:, start:stop], key=self.key[:, :seen], rest=rest)
 
-    @torch.no_grad()
     def mass(self, mask: Tensor) -> Tensor:
         """Probability of each entry where `mask` [B, S, T] is True, summed over heads. Returns [B, S, T]; holds
         [B, H, S, T]."""
@@ -104,13 +103,14 @@ def teach_all(
             mask = visibility.queries(start, stop).entries(0, seen).mask()
             mass = sequence.total(attended.rows(start, stop, seen).mass(mask), "heads")
             by_head = heads_of(tile, keys)
-            student = (tile.weight.unsqueeze(2) @ by_head).squeeze(2)
+            student = summed(tile.weight, by_head)
             loss, slope = divergence(student, mass, mask)
             kl, recalled = kl + loss.sum(), recalled + recall(mass, top(student, mask, k)).sum()
             queries = queries + mask.any(-1).sum()
             by_head_slope = gradient.add_queries(start, stop, tile, by_head, slope)
-            gradient.query[:, start:stop] = torch.einsum("bsit,btd->bsid", by_head_slope, keys)
-            gradient.key[:, :seen] += torch.einsum("bsit,bsid->btd", by_head_slope, tile.query)
+            rows = by_head_slope.flatten(1, 2)
+            gradient.query[:, start:stop] = (rows @ keys).view_as(tile.query)
+            gradient.key[:, :seen] += rows.transpose(1, 2) @ tile.query.flatten(1, 2)
     report = {"kl": torch.stack((kl, queries)), "recall": torch.stack((recalled, queries))}
     return Lesson(gradient.attach(kl, index, key), report)
 
@@ -136,7 +136,7 @@ def teach_chosen(
             tile, where = index.rows(start, stop), places[:, start:stop]
             keys = take(key, where)
             by_head = heads_at(tile, keys)
-            student = (tile.weight.unsqueeze(2) @ by_head).squeeze(2)
+            student = summed(tile.weight, by_head)
             loss, slope = divergence(student, held[:, start:stop], mask[:, start:stop])
             kl = kl + loss.sum()
             by_head_slope = gradient.add_queries(start, stop, tile, by_head, slope)
