@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from models.parameter import Module
@@ -278,6 +278,10 @@ class Attention(Module):
     @abstractmethod
     def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Result:
         """Read the pieces; y: [B, S, D]."""
+
+    def selector(self) -> tuple[nn.Module, ...]:
+        """The modules that choose what is read: trained alone in a warm-up, and their gradients are clipped apart."""
+        return ()
 
     @abstractmethod
     def slots(self) -> tuple[Slot, ...]:

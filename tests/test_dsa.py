@@ -96,6 +96,23 @@ def test_dense_mode_leaves_the_indexer_alone() -> None:
     assert [slot.name for slot in model.attentions()[0].slots()] == ["latent"]
 
 
+def test_a_warm_up_teaches_what_to_choose() -> None:
+    """On the attention as it is, the indexer alone: it comes nearer, and what it would choose holds more of it."""
+    model = model_of(dsa(top_k=4), mode="warmup")
+    learner = torch.optim.Adam(
+        [parameter for part in model.attentions()[0].selector() for parameter in part.parameters()], 0.02
+    )
+    course = []
+    for _ in range(60):
+        losses = losses_of(model)
+        learner.zero_grad()
+        losses.extra.backward()
+        learner.step()
+        course.append({name: float(value[0] / value[1]) for name, value in losses.reports[0].items() if name != "load"})
+    assert course[-1]["kl"] < 0.5 * course[0]["kl"]
+    assert course[-1]["recall"] > course[0]["recall"] + 0.03
+
+
 @pytest.mark.parametrize("mode", ["warmup", "sparse"])
 def test_the_loss_is_a_mean_over_queries_of_the_global_batch(mode: Mode) -> None:
     """Rows one by one, divided by the readers of both, add up to both together."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import fp8
 from models.attention import mla
@@ -105,6 +105,9 @@ class DSA(mla.MLA):
         if writes:
             self.index_key = Linear(width, i.head_dim, ("index", "width"))
             self.index_norm = LayerNorm(i.head_dim, i.norm_eps, "index")
+
+    def selector(self) -> tuple[nn.Module, ...]:
+        return (self.index_query, self.index_key, self.index_norm) if self.writes else (self.index_query,)
 
     def slots(self) -> tuple[Slot, ...]:
         (latent,) = super().slots()
