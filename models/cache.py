@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from models.contract import NOTHING, Entries, Pieces, Sequence, Slot, State
+from models.linear import full_precision
 from models.model import Model
-from models.sequence import local_counts
+from models.sequence import local_counts, local_readers
 
 
 @dataclass
@@ -34,10 +35,11 @@ class Store:
     def empty(cls, slot: Slot, num_rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Store:
         capacity = slot.entries(tokens)
 
+        formats = {"fp32": full_precision(dtype), "fp8": torch.float8_e4m3fn}
+
         def allocate(part_format: str, shape: tuple[int, ...]) -> Tensor:
-            wide = part_format == "fp32" and dtype != torch.float64
             # zeros, not empty: a place without an entry has softmax weight 0, and 0 × NaN would be NaN
-            return torch.zeros(num_rows, capacity, *shape, dtype=torch.float32 if wide else dtype, device=device)
+            return torch.zeros(num_rows, capacity, *shape, dtype=formats.get(part_format, dtype), device=device)
 
         return cls(
             slot,
@@ -162,6 +164,9 @@ class Cached:
 
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
         return {name: [self.cache.stores[self.layer, name].append(entries)] for name, entries in state.items()}
+
+    def readers(self, stride: int) -> Tensor:
+        return local_readers(self.position, self.document, stride)
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         return value.detach()

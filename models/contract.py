@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from models.parameter import Module
@@ -55,7 +55,7 @@ class Slot:
     kind: an `entry` is read by queries; a `tail` holds the last rows that a compression still needs.
     stride: tokens per entry. span: tokens that an entry covers. reach: how far back an entry is read (None: to the
     start).
-    rows: length of a tail in tokens.
+    chosen: how many of the visible entries a query reads at most (None: all). rows: length of a tail in tokens.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Slot:
     stride: int = 1
     span: int = 1
     reach: int | None = None
+    chosen: int | None = None
     rows: int = 0
 
     def entries(self, tokens: int) -> int:
@@ -76,7 +77,7 @@ class Slot:
     def serves(self, reader: Slot) -> bool:
         """Whether what is kept here is what `reader` reads: the same entries, for at least as long."""
         long_enough = self.reach is None or (reader.reach is not None and reader.reach <= self.reach)
-        return long_enough and replace(self, reach=None) == replace(reader, reach=None)
+        return long_enough and replace(self, reach=None, chosen=None) == replace(reader, reach=None, chosen=None)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class Sequence(Protocol):
         """All entries that the tokens in hand may read: their own and those of other tokens."""
         ...
 
+    def readers(self, stride: int) -> Tensor:
+        """How many tokens of the global batch see at least one entry of this stride, known before the forward: a
+        scalar, by which losses of queries divide."""
+        ...
+
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         """Sum over whatever shards `axis`; carries no gradient."""
         ...
@@ -192,13 +198,18 @@ PairCount = Callable[[Slot, int, int], float]
 
 
 def visible_pairs(slot: Slot, queries: int, context: int) -> float:
-    """Pairs that the rule of visibility lets through: the last `queries` tokens of one document of `context` tokens."""
+    """Pairs that are read: the last `queries` tokens of one document of `context` tokens, each with the entries that
+    the rule of visibility lets through, or the chosen ones of these."""
+    if slot.chosen is not None:
+        # the entries of the last `chosen` strides are as many as are chosen
+        slot = replace(slot, reach=slot.chosen * slot.stride, chosen=None)
     return float(_visible_before(slot, context) - _visible_before(slot, context - queries))
 
 
 def all_pairs(slot: Slot, queries: int, context: int) -> float:
     """Every query with every entry, as a plain implementation that masks afterwards computes them."""
-    return float(queries * (context // slot.stride))
+    entries = context // slot.stride
+    return float(queries * (entries if slot.chosen is None else min(entries, slot.chosen)))
 
 
 def _visible_before(slot: Slot, tokens: int) -> int:
@@ -267,6 +278,10 @@ class Attention(Module):
     @abstractmethod
     def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Result:
         """Read the pieces; y: [B, S, D]."""
+
+    def selector(self) -> tuple[nn.Module, ...]:
+        """The modules that choose what is read: trained alone in a warm-up, and their gradients are clipped apart."""
+        return ()
 
     @abstractmethod
     def slots(self) -> tuple[Slot, ...]:

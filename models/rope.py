@@ -87,6 +87,14 @@ class Rope:
         return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
 
 
+def rotate_first(rope: Rope, x: Tensor, size: int, position: Tensor) -> Tensor:
+    """Rotate the first `size` numbers of x's last dim, leave the others."""
+    if size == x.shape[-1]:
+        return rope.rotate(x, position)
+    turned, kept = x.split((size, x.shape[-1] - size), -1)
+    return torch.cat((rope.rotate(turned, position), kept), -1)
+
+
 def rotate_last(rope: Rope, x: Tensor, size: int, position: Tensor, *, inverse: bool = False) -> Tensor:
     """Rotate the last `size` numbers of x's last dim, leave the others."""
     if size == x.shape[-1]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from models.contract import Pieces, Sequence, Slot, State
+from models.contract import NOTHING, Pieces, Sequence, Slot, State
 
 
 class Whole:
@@ -20,12 +20,14 @@ class Whole:
         *,
         single_document: bool = False,
         counts: dict[str, Tensor] | None = None,
+        readers: dict[int, Tensor] | None = None,
     ) -> None:
-        """position, document: [B, S] integers. counts default to those of these rows alone."""
+        """position, document: [B, S] integers. counts, and readers by stride, default to those of these rows alone."""
         self.position = position
         self.document = document
         self.single_document = single_document
         self.counts = counts or local_counts(position)
+        self._readers = readers
         self.block_masks: dict[int | None, Any] = {}
 
     @classmethod
@@ -45,6 +47,9 @@ class Whole:
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
         return {name: [entries] for name, entries in state.items()}
 
+    def readers(self, stride: int) -> Tensor:
+        return local_readers(self.position, self.document, stride) if self._readers is None else self._readers[stride]
+
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         return value.detach()
 
@@ -57,3 +62,9 @@ def local_counts(position: Tensor) -> dict[str, Tensor]:
         return torch.tensor(float(value), device=position.device)
 
     return {"tokens": scalar(batch * length), "sequences": scalar(batch)}
+
+
+def local_readers(position: Tensor, document: Tensor, stride: int) -> Tensor:
+    """How many of the tokens [B, S] in hand see an entry that covers `stride` tokens: those at or after the end of
+    their document's first one."""
+    return ((position >= stride - 1) & (document != NOTHING)).sum()

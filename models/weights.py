@@ -23,7 +23,7 @@ from conf import schema
 from conf.schema import Refused
 from models import checkpoint, cost, shards
 from models.config import ModelConfig
-from models.families.common import published
+from models.families.common import published, stored
 from models.families.common.names import Ours, to_theirs
 from models.linear import full_precision
 from models.model import Model
@@ -137,7 +137,11 @@ def _their_family(path: Path) -> tuple[published.Family, ModelConfig]:
 
 def _theirs(path: Path) -> Weights:
     family, config = _their_family(path)
-    return Weights(config, Ours(shards.Shards(path), _shapes(config), family.tensor_names(config), str(path)))
+    tensors: Mapping[str, Tensor] = shards.Shards(path)
+    block = stored.blocks(_mapping(path / THEIRS, json.loads))
+    if block is not None:
+        tensors = stored.Plain(tensors, block)
+    return Weights(config, Ours(tensors, _shapes(config), family.tensor_names(config), str(path)))
 
 
 def _run(path: Path) -> Weights:

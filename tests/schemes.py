@@ -120,6 +120,11 @@ def mla(**changes: Any) -> Plan:
     return {"scheme": "mla", **sizes, **changes}
 
 
+def dsa(top_k: int = 4, pairing: str = "half", format: str = "bf16", **changes: Any) -> Plan:
+    indexer = {"heads": 5, "head_dim": 6, "top_k": top_k, "pairing": pairing, "format": format, "kl_loss": 0.7}
+    return {**mla(query_latent=7), "scheme": "dsa", "indexer": indexer, **changes}
+
+
 def hca(**changes: Any) -> Plan:
     sizes = {"heads": 4, "head_dim": 6, "rope_dim": 4, "query_latent": 7, "groups": 2, "group_rank": 5}
     return {"scheme": "hca", **sizes, "window": 5, "rate": 4, **changes}
@@ -182,6 +187,10 @@ TABLE: dict[str, Row] = {
     "mla": Row((layer(mla()),)),
     "mla query-latent": Row((layer(mla(query_latent=7, bias=True, scale_multiplier=1.3, rope=YARN)),)),
     "mla narrow latent": Row((layer(mla(latent=3, value_dim=8)),)),
+    "dsa": Row((layer(dsa()),)),
+    "dsa interleaved yarn": Row((layer(dsa(top_k=3, pairing="interleaved", bias=True, rope=YARN)),)),
+    "dsa fp8 index": Row((layer(dsa(format="fp8")),)),
+    "dsa all chosen": Row((layer(dsa(top_k=2000)),)),
     "hca 4 window 5": Row((layer(hca()),)),
     "hca 3 window 7": Row((layer(hca(rate=3, window=7, rope_dim=6)),)),
     "hca 8 window 2": Row((layer(hca(rate=8, window=2, groups=1, rope=YARN)),)),
@@ -197,6 +206,7 @@ TABLE: dict[str, Row] = {
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
+    "dsa shared": Row((layer(dsa()), layer(dsa(top_k=2), reads=-1))),
     "hca shared": Row((layer(hca()), layer(hca(heads=2, query_latent=9), reads=-1))),
     "gqa moe softmax": Row((layer(gqa(), SOFTMAX), layer(gqa(window=4), UNNORMALISED))),
     "mla moe sigmoid": Row((layer(mla(), SIGMOID),)),
@@ -204,7 +214,8 @@ TABLE: dict[str, Row] = {
         (
             layer(hca(), SOFTMAX),
             layer(gqa(window=6)),
-            layer(mla(), SIGMOID),
+            layer(dsa(), SIGMOID),
+            layer(mla()),
             layer(gqa(window=6), reads=1),
         ),
         {"tied": True},

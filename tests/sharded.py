@@ -44,6 +44,7 @@ class Shard:
     def __init__(self, whole: Whole, start: int, stop: int, index: int, meeting: Meeting, form: Form) -> None:
         self.position, self.document = whole.position[:, start:stop], whole.document[:, start:stop]
         self.counts = whole.counts
+        self.readers = whole.readers
         self.block_masks: dict[int | None, Any] = {}
         self.index, self.meeting, self.form = index, meeting, form
 
@@ -67,6 +68,8 @@ class Shard:
         return {name: self._pieces([other[name] for other in given], reaches[name]) for name in state}
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
+        if axis == "heads":  # every shard has them all
+            return value.detach()
         return torch.stack(self.meeting.exchange(self.index, value.detach())).sum(0)
 
     def _pieces(self, parts: list[Entries], reach: int | None) -> list[Entries]:

@@ -58,6 +58,78 @@ RELEASED: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "attention_dropout": 0.0,
     },
+    "deepseek_v32": {
+        "model_type": "deepseek_v32",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "index_head_dim": 128,
+        "index_n_heads": 64,
+        "index_topk": 2048,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "tie_word_embeddings": False,
+    },
+    "glm5_1": {
+        "model_type": "glm_moe_dsa",
+        "vocab_size": 154880,
+        "hidden_size": 6144,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 78,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 2048,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "index_head_dim": 128,
+        "index_n_heads": 32,
+        "index_topk": 2048,
+        "indexer_rope_interleave": True,
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+        "tie_word_embeddings": False,
+    },
     "mixtral_8x7b": {
         "model_type": "mixtral",
         "vocab_size": 32000,
@@ -117,7 +189,9 @@ def test_shipped_models_are_the_released_ones(name: str) -> None:
     assert not plan.difference(shipped(name), replace(released, std=shipped(name).std))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2_6", "mixtral_8x7b", "qwen3_30b_a3b"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", "deepseek_v32", "glm5_1", "kimi_k2_6", "mixtral_8x7b", "qwen3_30b_a3b"]
+)
 @pytest.mark.parametrize("size", ["", "_tiny"])
 def test_shipped_models_can_be_exported(name: str, size: str) -> None:
     config = shipped(name + size)
@@ -138,6 +212,8 @@ def refuses(family: published.Family, config: ModelConfig) -> bool:
     ("name", "total", "active"),
     [
         pytest.param("deepseek_v3", 671.026, 36.6, id="deepseek_v3"),
+        pytest.param("deepseek_v32", 671.878, 37.5, id="deepseek_v32"),
+        pytest.param("glm5_1", 743.911, 40.8, id="glm5_1"),
         pytest.param("kimi_k2_6", 1026.408, 31.7, id="kimi_k2_6"),
         # both releases count the embedding's rows among the active parameters (12.9 and 3.3); we do not
         pytest.param("mixtral_8x7b", 46.7, 12.9 - 0.131, id="mixtral_8x7b"),
@@ -154,6 +230,8 @@ def test_published_sizes_in_billions(name: str, total: float, active: float) -> 
     ("name", "attention", "expert", "router", "dense"),
     [
         pytest.param("deepseek_v3", 187.107, 44.040, 1.835, 396.362, id="deepseek_v3"),
+        pytest.param("deepseek_v32", 187.107 + 13.959, 44.040, 1.835, 396.362, id="deepseek_v32"),
+        pytest.param("glm5_1", 165.022 + 9.372, 37.749, 1.573, 226.492, id="glm5_1"),
         pytest.param("kimi_k2_6", 101.124, 44.040, 2.753, 396.362, id="kimi_k2_6"),
     ],
 )
@@ -165,7 +243,7 @@ def test_published_sizes_of_parts_in_millions(
     def size(block: nn.Module, part: str) -> float:
         return sum(parameter.numel() for parameter in block.get_submodule(part).parameters()) / 1e6
 
-    assert size(first, "attention.attention") == pytest.approx(attention, abs=5e-4)
+    assert size(first, "attention.attention") == pytest.approx(attention, abs=1e-3)
     assert size(first, "feedforward.feedforward") == pytest.approx(dense, abs=5e-4)
     assert size(last, "feedforward.feedforward.shared") == pytest.approx(expert, abs=5e-4)
     assert size(last, "feedforward.feedforward.router") == pytest.approx(router, abs=5e-4)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from conf import schema
 from data.config import DataConfig
 from models.config import ModelConfig, resolve
+from models.contract import Mode
 from parallel.layout import ParallelConfig
 from train.schedule import Schedule
 
@@ -48,6 +49,7 @@ class Phase:
     batch_tokens: int | None = None
     learning_rate: float | None = None
     mixture: dict[str, float] | None = None
+    attention: Mode | None = None
 
     def __post_init__(self) -> None:
         for name in ("start", "sequence_length", "batch_tokens"):
@@ -98,7 +100,8 @@ class TrainSection:
     compute: dtype of activations and matrix products; parameters and optimizer state are fp32, or fp64 with fp64, which
     is for comparing layouts. recompute: what the backward computes again (parallel/recompute.py); a number is the share
     of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint or run whose
-    weights (alone) this run starts from. core: the softmax core.
+    weights (alone) this run starts from. core: the softmax core. attention: how a scheme that chooses what it reads is
+    trained: without choosing (dense), what chooses alone, by a loss of its own (warmup), or all of it (sparse).
     """
 
     steps: int
@@ -112,6 +115,7 @@ class TrainSection:
     compile: bool = False
     core: Literal["plain", "blockwise", "fused"] = "blockwise"
     init: str | None = None
+    attention: Mode = "sparse"
     phases: list[Phase] = field(default_factory=list)
     ramp: Ramp | None = None
     profile: Profile | None = None

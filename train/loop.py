@@ -69,6 +69,8 @@ def train(run: Run) -> str | None:
     config, total = run.config, run.config.train.steps
     pending: Pending | None = None
     for stretch in stretches(config.train, run.learning_rate):
+        run.engine.set_mode(stretch.attention)
+        run.flops_per_token.clear()
         if run.progress.owes_validation and run.step <= stretch.stop:
             validate(run, stretch)
             run.progress.owes_validation = False
@@ -131,8 +133,8 @@ class Pending:
     statistics: meter.OnHost | None = None
 
     def __post_init__(self) -> None:
-        loss, extra, norm, loads = self.result
-        self.numbers = meter.OnHost((loss, extra, norm, *loads.values()))
+        loss, extra, norm, loads, lessons = self.result
+        self.numbers = meter.OnHost((loss, extra, norm, *loads.values(), *(() if lessons is None else (lessons,))))
         if self.watch is not None:
             self.statistics = meter.OnHost((self.watch.table,))
 
@@ -163,15 +165,18 @@ class Pending:
                 run.flops_per_token[length] = meter.training_flops_per_token(run.engine.model, length)
             rate = record["tokens_per_second"] / run.ranks.world_size
             record["mfu"] = rate * run.flops_per_token[length] / peak
-        if self.result.loads:
-            record["load"] = [float(load.max() / load.double().mean()) for load in numbers[3:]]
+        loads = numbers[3 : 3 + len(self.result.loads)]
+        if loads:
+            record["load"] = [float(load.max() / load.double().mean()) for load in loads]
+        if self.result.lessons is not None:
+            record["kl"], record["recall"] = numbers[-1].T.tolist()
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)
             if self.watch is not None and self.statistics is not None:
-                loads = dict(zip(self.result.loads, numbers[3:], strict=True))
+                by_layer = dict(zip(self.result.loads, loads, strict=True))
                 (table,) = self.statistics.read()
-                statistics.write(run.directory, self.watch.line(self.step, table, loads))
+                statistics.write(run.directory, self.watch.line(self.step, table, by_layer))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             first = self.stretch.consumed(self.step - 1)
             raise Diverged(

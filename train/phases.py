@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from conf.schema import Refused
 from data.course import Leg
+from models.contract import Mode
 from train.config import TrainSection
 
 
@@ -24,6 +25,7 @@ class Stretch:
     samples: int
     tokens: int
     weights: dict[str, float] | None = None
+    attention: Mode = "sparse"
 
     def consumed(self, step: int) -> int:
         """Samples consumed before `step`."""
@@ -46,12 +48,14 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
     starts = [phase.start for phase in train.phases]
     length, planned, samples, tokens, table = train.sequence_length, train.batch_tokens, 0, 0, []
     weights: dict[str, float] | None = None
+    attention = train.attention
     for phase, step, stop in zip([None, *train.phases], [0, *starts], [*starts, train.steps], strict=True):
         if phase is not None:
             length = phase.sequence_length or length
             planned = phase.batch_tokens or planned
             learning_rate = learning_rate if phase.learning_rate is None else phase.learning_rate
             weights = weights if phase.mixture is None else phase.mixture
+            attention = phase.attention or attention
         while step < min(stop, train.steps):
             batch_tokens, until = _held(train, planned, step, tokens)
             if batch_tokens % length:
@@ -60,7 +64,7 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
                     f"on; take {max(1, round(batch_tokens / length)) * length}."
                 )
             rows, last = batch_tokens // length, min(until, stop, train.steps)
-            table.append(Stretch(step, last, length, rows, learning_rate, samples, tokens, weights))
+            table.append(Stretch(step, last, length, rows, learning_rate, samples, tokens, weights, attention))
             step, samples, tokens = last, table[-1].consumed(last), table[-1].tokens_at(last)
     return table
 

@@ -117,7 +117,13 @@ def check(config: Config, world_size: int) -> Sources:
                 raise Refused(f"data.validation ({name}): {refusal}") from None
     if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
         raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
-    cost.meta(config.model)
+    chooses = any(attention.selector() for attention in cost.meta(config.model).attentions())
+    for stretch in table:
+        if stretch.attention == "warmup" and not chooses:
+            raise Refused(
+                f"attention is warmup from step {stretch.start} on, which trains what chooses alone, but no layer of "
+                "the model chooses what it reads; take dense or sparse, or a scheme with an indexer."
+            )
     return Sources(Course(mixture, [stretch.leg() for stretch in table], config.data.seed), probes)
 
 

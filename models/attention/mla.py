@@ -106,15 +106,24 @@ class MLA(Attention):
         return (Slot("latent", (latent, rope)),)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:
+        return self.look_for(self.low(x), sequence), self.leave(x, sequence) if self.writes else {}
+
+    def low(self, x: Tensor) -> Tensor:
+        """What queries are made from: the normalised query latent, or x where there is none."""
+        return x if self.config.query_latent is None else self.query_norm(self.query_down(x))
+
+    def look_for(self, low: Tensor, sequence: Sequence) -> Query:
+        """The heads' queries."""
         c = self.config
-        low = x if c.query_latent is None else self.query_norm(self.query_down(x))
-        nope, rope = self.query(low).unflatten(-1, (c.heads, -1)).split((c.nope_dim, c.rope_dim), -1)
-        query = Query(nope, c.rope.rotate(rope, sequence.position))
-        if not self.writes:
-            return query, {}
+        nope, rope = self.query(low).unflatten(-1, (-1, c.nope_dim + c.rope_dim)).split((c.nope_dim, c.rope_dim), -1)
+        return Query(nope, c.rope.rotate(rope, sequence.position))
+
+    def leave(self, x: Tensor, sequence: Sequence) -> State:
+        """One latent and one rotated key a token."""
+        c = self.config
         latent, key_rope = self.latent(x).split((c.latent, c.rope_dim), -1)
         parts = {"latent": self.latent_norm(latent), "rope": c.rope.rotate(key_rope, sequence.position)}
-        return query, {"latent": at_tokens(sequence, parts)}
+        return {"latent": at_tokens(sequence, parts)}
 
     def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Result:
         out = self._absorbed if self._absorbs(pieces["latent"][0], query.nope.shape[1]) else self._expanded
@@ -123,9 +132,9 @@ class MLA(Attention):
     def expand(self, entries: Entries) -> tuple[Tensor, Tensor]:
         """Latents to plain heads: keys [B, T, H, nope_dim + rope_dim], values [B, T, H, value_dim]."""
         c = self.config
-        heads = self.expansion(entries.parts["latent"]).unflatten(-1, (c.heads, -1))
+        heads = self.expansion(entries.parts["latent"]).unflatten(-1, (-1, c.nope_dim + c.value_dim))
         nope, value = heads.split((c.nope_dim, c.value_dim), -1)
-        rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, c.heads, -1)
+        rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, nope.shape[2], -1)
         return torch.cat((nope, rope), -1), value
 
     def _absorbs(self, entries: Entries, queries: int) -> bool:
@@ -142,27 +151,46 @@ class MLA(Attention):
         return read(self.core, torch.cat(query, -1), readables, self.scale)
 
     def _absorbed(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
-        c = self.config
-        weight = self.expansion.weight.to(query.nope.dtype).unflatten(0, (c.heads, -1))
-        to_key, to_value = weight.split((c.nope_dim, c.value_dim), 1)
-        low = torch.cat((torch.einsum("bshn,hnc->bshc", query.nope, to_key), query.rope), -1)
+        low = self.absorb(query)
         readables = []
         for entries in pieces:
             latent = entries.parts["latent"].unsqueeze(2)
             key = torch.cat((latent, entries.parts["rope"].unsqueeze(2)), -1)
             readables.append((key, latent, Visibility.of(entries, sequence)))
-        return torch.einsum("bshc,hvc->bshv", read(self.core, low, readables, self.scale), to_value)
+        return self.lift(read(self.core, low, readables, self.scale))
+
+    def absorb(self, query: Query) -> Tensor:
+        """Queries that read latents as they are: [B, S, H, latent + rope_dim]."""
+        return torch.cat(
+            (torch.einsum("bshn,hnc->bshc", query.nope, self._by_head(query.nope.dtype)[0]), query.rope), -1
+        )
+
+    def lift(self, latents: Tensor) -> Tensor:
+        """Sums of latents [B, S, H, latent] to the heads' values [B, S, H, value_dim]."""
+        return torch.einsum("bshc,hvc->bshv", latents, self._by_head(latents.dtype)[1])
+
+    def _by_head(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """[H, nope_dim, latent] that makes keys, [H, value_dim, latent] that makes values."""
+        c = self.config
+        weight = self.expansion.weight.to(dtype).unflatten(0, (-1, c.nope_dim + c.value_dim))
+        return weight.split((c.nope_dim, c.value_dim), 1)
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config
-        projections = self.query.flops() + self.output.flops()
-        if c.query_latent is not None:
-            projections += self.query_down.flops()
-        if self.writes:
-            projections += self.latent.flops()
         scored = pairs(self.slots()[0], queries, context)
         if queries < context and queries <= self._break_even():
-            moved = 2.0 * c.heads * c.latent * (c.nope_dim + c.value_dim)
-            return Flops(queries * (projections + moved), scored * 2.0 * c.heads * (2 * c.latent + c.rope_dim))
+            return self.absorbed_flops(queries, scored)
         per_pair = 2.0 * c.heads * (c.nope_dim + c.rope_dim + c.value_dim)
-        return Flops(queries * projections + context * self.expansion.flops(), scored * per_pair)
+        return Flops(queries * self._projections() + context * self.expansion.flops(), scored * per_pair)
+
+    def absorbed_flops(self, queries: int, scored: float) -> Flops:
+        """Of reading `scored` pairs as latents."""
+        c = self.config
+        moved = 2.0 * c.heads * c.latent * (c.nope_dim + c.value_dim)
+        return Flops(queries * (self._projections() + moved), scored * 2.0 * c.heads * (2 * c.latent + c.rope_dim))
+
+    def _projections(self) -> float:
+        """Per token, the expansion aside."""
+        low = 0.0 if self.config.query_latent is None else self.query_down.flops()
+        left = self.latent.flops() if self.writes else 0.0
+        return self.query.flops() + self.output.flops() + low + left

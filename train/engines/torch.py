@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
+from models.contract import Mode
 from models.linear import full_precision
 from models.model import Losses, Model, Scores
-from models.sequence import Whole
+from models.sequence import Whole, local_readers
 from parallel.apply import apply, defer_replicas, sum_gradients, total
 from train import optimizer
 from train.config import Config
@@ -28,13 +30,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 class Step(NamedTuple):
     """Scalars on the device, over the whole global batch. loss: cross-entropy alone, nats per scored token.
 
-    extra: auxiliary losses. loads: by layer with experts, [E] token copies by expert.
+    extra: auxiliary losses. grad_norm: before clipping. loads: by layer with experts, [E] token copies by expert.
+    lessons: [layers that are taught to choose, 2], divergence from the attention they imitate and share of its mass
+    that the chosen hold, means over queries, or None.
     """
 
     loss: Tensor
     extra: Tensor
     grad_norm: Tensor
     loads: dict[int, Tensor]
+    lessons: Tensor | None
 
 
 class Evaluation(NamedTuple):
@@ -65,6 +70,7 @@ class Engine:
         core = importlib.import_module(f"models.cores.{train.core}")
         self.prepare = getattr(core, "prepare", None)
         self.slots = [slot for attention in model.attentions() for slot in attention.slots()]
+        self.strides = sorted({slot.stride for slot in self.slots if slot.kind == "entry"})
         for attention in model.attentions():
             attention.core = core.core
         self.model = apply(
@@ -75,9 +81,23 @@ class Engine:
             reshard_after_forward=config.parallel.reshard_after_forward,
             seed=train.seed,
         )
+        selectors = [part for attention in self.model.attentions() for part in attention.selector()]
+        self.selector = [parameter for part in selectors for parameter in part.parameters()]
+        mine = set(self.selector)
+        self.trunk = [parameter for parameter in self.model.parameters() if parameter not in mine]
+        self.mode: Mode = "sparse"
         settings = optimizer.read(config.optimizer)
         self.optimizer = settings.build(self.model, self.model.parametrization())
         self.before_update: Callable[[], None] = lambda: None
+
+    def set_mode(self, mode: Mode) -> None:
+        """Between phases. In a warm-up what chooses is trained alone: nothing else changes, router biases neither."""
+        self.mode = mode
+        for attention in self.model.attentions():
+            attention.mode = mode
+        if not isinstance(self.model, FSDPModule):  # which settles at first use what wants a gradient: `step` drops it
+            for parameter in self.trunk:
+                parameter.requires_grad_(mode != "warmup")
 
     def watch(self) -> Watch:
         """For the statistics of the next step."""
@@ -87,28 +107,35 @@ class Engine:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
         device = self.ranks.device
         # filled on the device: copying them from the host would wait for the step before
-        mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0])
+        own = [int(local_readers(batch.position, batch.document, stride)) for stride in self.strides]
+        mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0], *own)
         counts = total(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]), self.mesh)
         scored, known = counts[0].clamp_min(1), {"tokens": counts[1], "sequences": counts[2]}
+        readers = dict(zip(self.strides, counts[3:].clamp_min(1), strict=True))
         sums = torch.zeros(2, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
+        lessons: dict[int, Tensor] = {}
         micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
         for i, micro in enumerate(micro_batches):
             defer_replicas(self.model, i < len(micro_batches) - 1)
-            losses = self.model(micro.ids, self._sequence(micro, known), micro.targets[0])
+            losses = self.model(micro.ids, self._sequence(micro, known, readers), micro.targets[0])
             assert isinstance(losses, Losses)
             (losses.cross_entropy / scored + losses.extra).backward()
             sums += torch.stack((losses.cross_entropy.detach(), losses.extra.detach()))
             for layer, report in enumerate(losses.reports):
                 if "load" in report:
                     loads[layer] = loads[layer] + report["load"] if layer in loads else report["load"]
+                if "kl" in report:
+                    lesson = torch.stack((report["kl"], report["recall"]))
+                    lessons[layer] = lessons[layer] + lesson if layer in lessons else lesson
+        if self.mode == "warmup":
+            for parameter in self.trunk:
+                parameter.grad = None
         sum_gradients(self.model, self.mesh)
         clock.mark("compute")
-        parameters = list(self.model.parameters())
         if watch is not None:
             watch.backward_done()
-        clip = self.config.train.clip
-        norm = optimizer.clip_gradients(parameters, float("inf") if clip is None else clip)
+        norm = self._clip()
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         self.before_update()
         self.optimizer.step()
@@ -117,9 +144,23 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         total(sums, self.mesh)
         loads = self._total_loads(loads)
-        self.model.update_router_biases([loads.get(layer) for layer in range(len(self.model.blocks))])
+        if self.mode != "warmup":
+            self.model.update_router_biases([loads.get(layer) for layer in range(len(self.model.blocks))])
         clock.mark("optimizer")
-        return Step(sums[0] / scored, sums[1], norm, loads)
+        return Step(sums[0] / scored, sums[1], norm, loads, self._means(lessons))
+
+    def _clip(self) -> Tensor:
+        """What chooses apart from all else: it learns from another loss, of another size. Returns the joint norm."""
+        clip = self.config.train.clip
+        trained = [part for part in (self.trunk, self.selector) if any(p.grad is not None for p in part)]
+        norms = [optimizer.clip_gradients(part, float("inf") if clip is None else clip) for part in trained]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+    def _means(self, lessons: dict[int, Tensor]) -> Tensor | None:
+        if not lessons:
+            return None
+        sums, queries = total(torch.stack(list(lessons.values())), self.mesh).unbind(-1)
+        return sums / queries.clamp_min(1)
 
     def _total_loads(self, loads: dict[int, Tensor]) -> dict[int, Tensor]:
         """Over the ranks, all layers in one go."""
@@ -138,7 +179,7 @@ class Engine:
                 edges = position_edges(batch.ids.shape[1])
                 by_position = sums.new_zeros(2, len(edges) - 1)
             for micro in _micro_batches(batch.to(self.ranks.device), self.config.train.micro_batch):
-                scores = self.model(micro.ids, self._sequence(micro, None), micro.targets[0], score=True)
+                scores = self.model(micro.ids, self._sequence(micro), micro.targets[0], score=True)
                 assert isinstance(scores, Scores)
                 scored = micro.targets[0] >= 0
                 by_position += _by_position(scores.cross_entropy.double(), scored, micro.position, edges)
@@ -150,8 +191,12 @@ class Engine:
         shares = [share / count if count else None for share, count in zip(losses, counts, strict=True)]
         return Evaluation(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens), edges, shares)
 
-    def _sequence(self, batch: Batch, counts: dict[str, Tensor] | None) -> Whole:
-        sequence = Whole(batch.position, batch.document, single_document=batch.single_document, counts=counts)
+    def _sequence(
+        self, batch: Batch, counts: dict[str, Tensor] | None = None, readers: dict[int, Tensor] | None = None
+    ) -> Whole:
+        sequence = Whole(
+            batch.position, batch.document, single_document=batch.single_document, counts=counts, readers=readers
+        )
         if self.prepare is not None:
             self.prepare(sequence, self.slots)
         return sequence

@@ -13,7 +13,7 @@ from conf.schema import Refused
 from models import mechanism
 from models.config import Layer, ModelConfig, resolve
 
-UNPUBLISHED = frozenset({"balance_loss", "z_loss", "bias_rate", "keeps"})
+UNPUBLISHED = frozenset({"balance_loss", "z_loss", "bias_rate", "kl_loss", "keeps"})
 """Keys that change no logit, and that no config.json holds: losses of training, and what of its state is cached."""
 
 

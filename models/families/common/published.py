@@ -46,6 +46,8 @@ INERT = frozenset(
         "problem_type",
         "return_dict",
         "use_cache",
+        # how the weights are stored: see stored.py
+        "quantization_config",
         # losses of training
         "aux_loss_alpha",
         "router_aux_loss_coef",
@@ -57,7 +59,6 @@ INERT = frozenset(
 FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
-    "quantization_config": None,
     "is_decoder": False,
     "add_cross_attention": False,
     "tie_encoder_decoder": False,

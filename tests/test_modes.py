@@ -1,0 +1,157 @@
+"""Dense, warm-up and sparse as phases of one run: who is trained in each, on any ranks, resumed at their borders."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.compose import compose
+from models.contract import Mode
+from tests import runs
+from tests.runs import TINY
+from tests.test_dsa import INDEXER
+from tests.test_engine import ROWS, assert_equal, loader, this_rank
+from tests.toy import everything, whole
+from train.config import read
+from train.engines.torch import Engine
+from train.meter import Clock
+
+DSA = (
+    "attention=dsa", "attention.heads=2", "attention.latent=6", "attention.query_latent=5", "attention.nope_dim=4",
+    "attention.rope_dim=4", "attention.value_dim=3", "attention.indexer={heads: 3, head_dim: 4, top_k: 3}",
+)  # fmt: skip
+
+SMALL = [*(word for word in TINY if not word.startswith("attention.")), *DSA]
+
+BORDERS = {"dense": 0, "warmup": 4, "sparse": 8}
+
+PHASED = [
+    *SMALL, "train.attention=dense", "train.steps=12", "checkpoint.keep=9", "moe.bias_rate=0.01",
+    "train.phases=[{start: 4, attention: warmup, learning_rate: 1e-2}, {start: 8, attention: sparse}]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A run through all three phases, with a checkpoint at each border."""
+    folder = tmp_path_factory.mktemp("phased")
+    runs.write_text(folder)
+    runs.train(folder, [*PHASED, "run.dir=whole"], request.param)
+    return folder / "whole", request.param
+
+
+def is_index(name: str) -> bool:
+    return any(part in name for part in INDEXER)
+
+
+def changed(run: Path, before: int, after: int) -> set[str]:
+    """Weights, buffers and optimizer state that differ between two checkpoints."""
+    one, other = runs.state(run, before), runs.state(run, after)
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def test_each_phase_trains_its_own(finished: tuple[Path, int]) -> None:
+    run, _ = finished
+    weights = {name for name in runs.state(run, 4) if not name.startswith("progress")}
+    of_index = {name for name in weights if is_index(name)}
+    of_trunk = {name for name in weights if not is_index(name)}
+    dense, warm, sparse = (changed(run, *span) & weights for span in ((0 + 4, 4 + 0), (4, 8), (8, 12)))
+    assert not dense
+    untouched = {name for name in of_index if name.startswith("optimizer.")}
+    first = runs.state(run, 4)
+    assert untouched and not any(first[name].any() for name in untouched)
+    assert warm == of_index
+    assert sparse >= of_index
+    assert len(sparse & of_trunk) > 0.9 * len(of_trunk)
+
+
+def test_the_lessons_are_told(finished: tuple[Path, int]) -> None:
+    run, _ = finished
+    by_step = {record["step"]: record for record in runs.records(run)}
+    for step, record in by_step.items():
+        assert ("kl" in record) == ("recall" in record) == (step > BORDERS["warmup"])
+        if "kl" in record:
+            assert len(record["kl"]) == len(record["recall"]) == 2
+            assert all(0 < share <= 1 for share in record["recall"])
+            assert 0 < sum(record["kl"]) <= record["extra"] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_resumed_at_a_border(finished: tuple[Path, int], step: int) -> None:
+    """From the checkpoint of the border alone, whose next step belongs to another phase."""
+    expected, ranks = finished
+    run = expected.with_name(f"from_{step}")
+    shutil.copytree(expected, run)
+    for later in sorted((run / "checkpoints").iterdir()):
+        if later.name > f"step_{step:08d}":
+            shutil.rmtree(later)
+    runs.train(run.parent, [*PHASED, f"run.dir={run.name}"], ranks)
+    assert runs.course(run) == runs.course(expected)
+    assert runs.validations(run) == runs.validations(expected)
+    runs.assert_same_state(runs.state(run, 12), runs.state(expected, 12))
+
+
+def _steps(modes: list[Mode]) -> dict[str, Tensor]:
+    overrides = [*SMALL, "train.sequence_length=12", f"train.batch_tokens={12 * ROWS}", "train.micro_batch=2"]
+    config = read(compose([*overrides, "train.compute=fp64", "train.clip=0.01", "moe.balance_loss=0.1"]))
+    engine, data = Engine(config, this_rank()), loader()
+    results: dict[str, Tensor] = {}
+    for step, mode in enumerate(modes):
+        engine.set_mode(mode)
+        result = engine.step(data.batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu")))
+        results |= {f"step {step} loss": result.loss, f"step {step} norm": result.grad_norm}
+        results |= {f"step {step} extra": result.extra, f"step {step} loads": torch.stack(list(result.loads.values()))}
+        if result.lessons is not None:
+            results[f"step {step} lessons"] = result.lessons
+        results |= {f"step {step} {name}": whole(p).clone() for name, p in engine.model.named_parameters()}
+    return results | everything(engine.model, engine.optimizer)
+
+
+def test_two_ranks_do_what_one_does(ranks: Callable[..., list[Any]]) -> None:
+    """Into each mode and out of it: FSDP settles at first use what wants a gradient."""
+    modes = ["warmup", "sparse", "dense", "warmup", "sparse"]
+    assert_equal(ranks(2, _steps, modes)[0], ranks(1, _steps, modes)[0])
+
+
+def _norms(mode: Mode) -> tuple[float, dict[str, float]]:
+    """The norm that a step tells, and those of both groups after clipping."""
+    config = read(compose([*SMALL, "train.compute=fp64", "train.clip=0.01", "attention.indexer.kl_loss=1e4"]))
+    engine, groups = Engine(config, this_rank()), {}
+    engine.set_mode(mode)
+
+    def note(*_: object) -> None:
+        for name, part in (("index", engine.selector), ("trunk", engine.trunk)):
+            taken = [p.grad.flatten() for p in part if p.grad is not None]
+            groups[name] = torch.cat(taken).norm().item() if taken else 0.0
+
+    engine.optimizer.register_step_pre_hook(note)
+    step = engine.step(loader(8).batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
+    return step.grad_norm.item(), groups
+
+
+@pytest.mark.parametrize(
+    ("mode", "groups"),
+    [
+        pytest.param("dense", {"index": 0.0, "trunk": 0.01}, id="dense"),
+        pytest.param("warmup", {"index": 0.01, "trunk": 0.0}, id="warm-up"),
+        pytest.param("sparse", {"index": 0.01, "trunk": 0.01}, id="sparse"),
+    ],
+)
+def test_what_chooses_is_clipped_apart(mode: Mode, groups: dict[str, float], ranks: Callable[..., list[Any]]) -> None:
+    norm, found = ranks(1, _norms, mode)[0]
+    assert norm > 0.02
+    assert found == pytest.approx(groups, rel=1e-3)
+
+
+def test_a_warmup_of_nothing_is_refused(tmp_path: Path) -> None:
+    runs.write_text(tmp_path)
+    job = runs.start(tmp_path, [*TINY, "train.phases=[{start: 3, attention: warmup}]", "run.dir=refused"])
+    assert job.end() == 2
+    assert "warmup from step 3" in job.printed()
+    assert not (tmp_path / "refused").exists()
