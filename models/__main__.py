@@ -42,6 +42,7 @@ def parser() -> Parser:
     p.add_argument("model", nargs="+", metavar="NAME", help=models)
     p.add_argument("--baseline", metavar="NAME", help="give percents of this model; quote it where it has choices")
     p.add_argument("--context", default="4096,131072", metavar="N,N", help="tokens of context [%(default)s]")
+    p.add_argument("--packed", action="store_true", help="cache bytes as the kernels of the schemes' authors pack them")
     p.add_argument("--gpu", metavar="GPU", help="what fits beside the weights on one, h100, or several, 8xh200")
     p.add_argument("--weights", metavar="FORMAT", help="bf16, fp8 or fp4 weights on the GPU [bf16]")
     p.add_argument("--json", action="store_true", help="one object, by name")

@@ -1,7 +1,12 @@
-"""What gates a feed-forward (arXiv 2002.05202): f(gate) ⊙ up, f SiLU, or GELU (arXiv 1606.08415) in its tanh form."""
+"""What gates a feed-forward (arXiv 2002.05202): f(gate) ⊙ up, f SiLU, or GELU (arXiv 1606.08415) in its tanh form.
+
+Clamped as in DeepSeek-V4 (report, arXiv 2606.19348, section 2.1): the gate is kept below `clamp`, which bounds f from
+above (from below it is bounded already), up within ± `clamp`. What is clamped is what enters, not the product.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,9 +18,10 @@ Gating = Callable[[Tensor, Tensor], Tensor]
 """(gate, up) to their product, the gate through a function."""
 
 
-def gating(kind: Kind) -> Gating:
+def gating(kind: Kind, clamp: float | None = None) -> Gating:
     """With the function of that name."""
-    return swiglu if kind == "silu" else geglu
+    gated = swiglu if kind == "silu" else geglu
+    return gated if clamp is None else functools.partial(clamped, gated, clamp)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -26,3 +32,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) ⊙ up, the normal distribution within GELU approximated by a tanh."""
     return F.gelu(gate, approximate="tanh") * up
+
+
+def clamped(gated: Gating, clamp: float, gate: Tensor, up: Tensor) -> Tensor:
+    """The product of what is left of both."""
+    return gated(gate.clamp(max=clamp), up.clamp(-clamp, clamp))

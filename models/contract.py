@@ -28,16 +28,23 @@ NOTHING = -1
 """The document of an entry that is not there, and of a token that is padding."""
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
-"""Bytes of one stored number by format; scales are parts of their own."""
+"""Bytes of one stored number by format."""
+
+Packing = tuple[tuple[str, int], ...]
+"""(format, how many numbers of it), scales and padding included."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of an entry: its logical dims with their sizes, and the format it is stored in."""
+    """One tensor of an entry: its logical dims with their sizes, and the format it is stored in.
+
+    packed: how the serving kernels of the scheme's authors store it instead, where they quantise; () where they do not.
+    """
 
     name: str
     dims: tuple[tuple[str, int], ...]
     format: str = "bf16"
+    packed: Packing = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -296,10 +303,12 @@ class FeedForward(Module):
     """What a token goes through by itself.
 
     normalises: it is handed the residual as it is and has norms of its own. needs, provides: what it reads of, and adds
-    to, what the stream carries; a model's entry carries "ids" [B, S] and "embedding" [B, S, D], scaled.
+    to, what the stream carries; a model's entry carries "ids" [B, S] and "embedding" [B, S, D], scaled. vocab: how many
+    ids it knows, None where it knows none from another.
     """
 
     normalises: bool = False
+    vocab: int | None = None
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
 
@@ -341,6 +350,10 @@ class Residual(Module):
     def write(self, residual: Tensor, carry: Any, y: Tensor) -> Tensor:
         """y: [B, S, D], the sublayer's output. Returns the next residual."""
 
+    def flops(self) -> float:
+        """Matrix products per token."""
+        return 0.0
+
 
 class Ends(Module):
     """The two ends of the residual stream."""
@@ -352,6 +365,10 @@ class Ends(Module):
     @abstractmethod
     def leave(self, residual: Tensor) -> Tensor:
         """The residual stream to [B, S, D]."""
+
+    def flops(self) -> float:
+        """Matrix products per token."""
+        return 0.0
 
 
 def at_tokens(sequence: Sequence, parts: dict[str, Tensor]) -> Entries:

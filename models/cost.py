@@ -42,9 +42,10 @@ def parameters(model: Model) -> Parameters:
     return Parameters(total, total - idle - looked_up, looked_up)
 
 
-def slot_bytes(slot: Slot) -> float:
-    """Stored bytes of one entry, or of one row of a tail."""
-    return sum(part.numbers * BYTES[part.format] for part in slot.parts)
+def slot_bytes(slot: Slot, *, packed: bool = False) -> float:
+    """Stored bytes of one entry, or of one row of a tail. packed: as the kernels of the scheme's authors store it."""
+    layouts = [(packed and part.packed) or ((part.format, part.numbers),) for part in slot.parts]
+    return sum(BYTES[number_format] * numbers for layout in layouts for number_format, numbers in layout)
 
 
 def written_slots(model: Model, *, naive: bool = False) -> list[Slot]:
@@ -56,35 +57,35 @@ def written_slots(model: Model, *, naive: bool = False) -> list[Slot]:
     return [replace(slot, reach=None) for slot in slots] if naive else slots
 
 
-def kv_bytes_per_token(model: Model, *, naive: bool = False) -> float:
+def kv_bytes_per_token(model: Model, *, naive: bool = False, packed: bool = False) -> float:
     """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not
-    grow. naive: see written_slots."""
-    slots = written_slots(model, naive=naive)
-    return sum(slot_bytes(slot) / slot.stride for slot in slots if slot.kind == "entry" and slot.reach is None)
+    grow. naive: see written_slots; packed: see slot_bytes."""
+    growing = [s for s in written_slots(model, naive=naive) if s.kind == "entry" and s.reach is None]
+    return sum(slot_bytes(slot, packed=packed) / slot.stride for slot in growing)
 
 
-def kv_bytes(model: Model, context: int, *, naive: bool = False) -> dict[str, float]:
+def kv_bytes(model: Model, context: int, *, naive: bool = False, packed: bool = False) -> dict[str, float]:
     """Cache bytes of one sequence of `context` tokens: `entries`, `windows` and `tails` apart, and their `total`.
 
-    naive: see written_slots.
+    naive: see written_slots; packed: see slot_bytes.
     """
     total = {"entries": 0.0, "windows": 0.0, "tails": 0.0}
     for slot in written_slots(model, naive=naive):
         kind = "tails" if slot.kind == "tail" else "entries" if slot.reach is None else "windows"
-        total[kind] += slot.entries(context) * slot_bytes(slot)
+        total[kind] += slot.entries(context) * slot_bytes(slot, packed=packed)
     return total | {"total": sum(total.values())}
 
 
-def read_bytes_per_step(model: Model, context: int) -> float:
+def read_bytes_per_step(model: Model, context: int, *, packed: bool = False) -> float:
     """Cache bytes that one decode step reads: every reader its state, also a shared one."""
     slots = [slot for attention in model.attentions() for slot in attention.slots() if slot.kind == "entry"]
-    return sum(visible_pairs(slot, 1, context) * slot_bytes(slot) for slot in slots)
+    return sum(visible_pairs(slot, 1, context) * slot_bytes(slot, packed=packed) for slot in slots)
 
 
-def flop_per_byte(model: Model, context: int) -> float:
+def flop_per_byte(model: Model, context: int, *, packed: bool = False) -> float:
     """Operations on what one decode step reads of the cache, selecting and scoring, for each byte of it."""
     step = flops(model, 1, context)
-    read = read_bytes_per_step(model, context)
+    read = read_bytes_per_step(model, context, packed=packed)
     return (step.scores + step.selection) / read if read else 0.0
 
 
@@ -100,6 +101,6 @@ def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_p
     total = Flops(projections=queries * 2.0 * model.config.width * model.config.vocab)
     for attention in model.attentions():
         total += attention.flops(queries, context, pairs)
-    for feedforward in model.feedforwards():
-        total += Flops(projections=queries * feedforward.flops())
+    for part in [*model.feedforwards(), *model.residuals(), model.ends]:
+        total += Flops(projections=queries * part.flops())
     return total

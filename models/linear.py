@@ -65,7 +65,7 @@ class GroupedLinear(Module):
         self.declare("weight", (groups, outputs, inputs), ("heads", "latent", "heads_in_group"), role)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (self.groups, self.inputs))
+        x = x.unflatten(-1, (-1, self.inputs))
         return torch.einsum("...gi,goi->...go", x, self.weight.to(x.dtype)).flatten(-2)
 
     def flops(self) -> float:

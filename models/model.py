@@ -71,6 +71,7 @@ class Model(nn.Module):
         self.norm = norm.build(config.norm, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab, ("vocab", "width"), "head")
         _refuse_misread(self.attention_sublayers())
+        _refuse_unknown_ids(self.feedforwards(), config.vocab)
         at_entry = {"ids", "embedding"}.union(*(entry.provides for entry in self.entries))  # type: ignore[arg-type]
         self.entry_live = _mark_live([sublayer for block in self.depths() for sublayer in block.sublayers()], at_entry)
 
@@ -89,6 +90,10 @@ class Model(nn.Module):
     def feedforwards(self) -> list[FeedForward]:
         """All that tokens go through by themselves, injections too, in order of depth."""
         return [module.feedforward for module in self.modules() if isinstance(module, FeedForwardSublayer)]
+
+    def residuals(self) -> list[Residual]:
+        """Of every sublayer, in order of depth."""
+        return [module for module in self.modules() if isinstance(module, Residual)]
 
     def parametrization(self) -> Parametrization:
         return Parametrization(std=self.config.std, num_layers=len(self.blocks))
@@ -190,6 +195,16 @@ def _mark_live(sublayers: list[Sublayer], at_entry: Collection[str]) -> frozense
     if missing := live.difference(at_entry):
         raise Refused(f"model.layers: a layer reads {min(missing)!r}, which no layer before it provides.")
     return live
+
+
+def _refuse_unknown_ids(feedforwards: list[FeedForward], vocab: int) -> None:
+    """Raises Refused for a table by token id that has not a row for every token."""
+    for feedforward in feedforwards:
+        if feedforward.vocab is not None and feedforward.vocab != vocab:
+            raise Refused(
+                f"model.layers: a layer has a table for {feedforward.vocab} token ids, but model.vocab is {vocab}; "
+                "give both the same."
+            )
 
 
 def _refuse_misread(sublayers: list[AttentionSublayer]) -> None:

@@ -73,10 +73,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
         model = Model(weights.config, dtype)
     # buffers (a router's selection bias) and what is declared fp32 are not lowered
     lowered = {name for name, _, spec in named_specs(model) if not spec.fp32}
-    state = {
-        name: tensor.to(device, dtype if name in lowered else full_precision(dtype))
-        for name, tensor in weights.tensors.items()
-    }
+
+    def kept_as(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return dtype if name in lowered else full_precision(dtype)
+
+    state = {name: tensor.to(device, kept_as(name, tensor)) for name, tensor in weights.tensors.items()}
     model.load_state_dict(state, assign=True)
     return model
 

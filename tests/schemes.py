@@ -107,6 +107,20 @@ SIGMOID: Plan = {
 UNNORMALISED: Plan = {**SOFTMAX, "router": {"normalise": False, "bias": True}, "z_loss": 0.0}
 
 
+HASHED: Plan = {
+    "scheme": "moe",
+    "experts": 5,
+    "top_k": 2,
+    "hidden": 8,
+    "shared_hidden": 7,
+    "clamp": 0.5,
+    "router": {"affinity": "sqrt_softplus", "hash_vocab": VOCAB, "scaling": 1.5},
+    "balance_loss": 0.3,
+}
+
+SQRT_SOFTPLUS: Plan = {**SIGMOID, "clamp": 0.5, "router": {"affinity": "sqrt_softplus", "bias": True}}
+
+
 def gqa(**changes: Any) -> Plan:
     return {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 6, **changes}
 
@@ -143,6 +157,16 @@ def tpa(**changes: Any) -> Plan:
     return {"scheme": "tpa", "heads": 3, "head_dim": 6, **ranks, **changes}
 
 
+def swa(**changes: Any) -> Plan:
+    plan = {**hca(), "scheme": "swa", **changes}
+    return {key: value for key, value in plan.items() if key != "rate"}
+
+
+def csa(top_k: int = 3, **changes: Any) -> Plan:
+    indexer = {"heads": 5, "head_dim": 8, "top_k": top_k, "kl_loss": 0.7}
+    return {**hca(), "scheme": "csa", "indexer": indexer, **changes}
+
+
 def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None, injection: Plan | None = None) -> Plan:
     return {"attention": attention, "feedforward": feedforward, "reads": reads, "injection": injection}
 
@@ -163,6 +187,8 @@ PARALLEL: Plan = {
 GEGLU: Plan = {**DENSE, "activation": "gelu_tanh"}
 
 SANDWICH: Plan = {"post_norm": True, "block_scale": True, "embedding_scale": 4.0, "logit_cap": 3.0, "tied": True}
+
+MHC: Plan = {"residual": {"scheme": "mhc", "streams": 3, "rounds": 4}}
 
 YARN: Plan = {"base": 100.0, "pairing": "interleaved", "yarn": {"factor": 4.0, "original_length": 6}}
 
@@ -220,6 +246,16 @@ TABLE: dict[str, Row] = {
         ),
         {"tied": True},
     ),
+    "gqa moe hashed": Row((layer(gqa(), HASHED), layer(gqa(), SQRT_SOFTPLUS))),
+    "swa": Row((layer(swa()), layer(swa(heads=2), reads=0))),
+    "csa 4 top 3": Row((layer(csa()),)),
+    "csa 3 top 2 window 7": Row((layer(csa(top_k=2, rate=3, window=7, rope_dim=6)),)),
+    "csa 2 top 4 window 1": Row((layer(csa(top_k=4, rate=2, window=1, groups=4, rope=YARN)),)),
+    "csa 5 all chosen": Row((layer(csa(top_k=300, rate=5, window=2)),)),
+    "csa shared": Row((layer(csa()), layer(csa(top_k=2, heads=2, query_latent=9), reads=-1))),
+    "v4": Row((layer(swa(), HASHED), layer(csa(), SQRT_SOFTPLUS), layer(hca(rate=8), SQRT_SOFTPLUS)), MHC),
+    "mhc gqa": Row((layer(gqa(), SOFTMAX), layer(gqa(window=5))), MHC),
+    "mhc mixed": Row((layer(hca(), SIGMOID), layer(mla()), layer(hca(heads=2), reads=0)), MHC),
 }
 
 ROWS = [pytest.param(row, id=name) for name, row in TABLE.items()]

@@ -178,6 +178,56 @@ RELEASED: dict[str, dict[str, Any]] = {
 }
 
 
+for name, layers, ratios, heads, query_latent, groups, top_k, width, experts, hidden, scaling in (
+    ("flash", 43, [0, 0, *[4, 128] * 20, 4, 0], 64, 1024, 8, 512, 4096, 256, 2048, 1.5),
+    ("pro", 61, [128, 128, *[4, 128] * 29, 4, 0], 128, 1536, 16, 1024, 7168, 384, 3072, 2.5),
+):
+    RELEASED[f"deepseek_v4_{name}"] = {
+        "model_type": "deepseek_v4",
+        "vocab_size": 129280,
+        "hidden_size": width,
+        "moe_intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": query_latent,
+        "o_groups": groups,
+        "o_lora_rank": 1024,
+        "n_routed_experts": experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "scoring_func": "sqrtsoftplus",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": scaling,
+        "swiglu_limit": 10.0,
+        "num_hash_layers": 3,
+        "compress_ratios": ratios,
+        "sliding_window": 128,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": top_k,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-06,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000,
+        "compress_rope_theta": 160000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "max_position_embeddings": 1048576,
+        "num_nextn_predict_layers": 1,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
+
+
 def shipped(name: str) -> ModelConfig:
     return build(ModelConfig, catalog.section(name, {}), name)
 
@@ -189,9 +239,7 @@ def test_shipped_models_are_the_released_ones(name: str) -> None:
     assert not plan.difference(shipped(name), replace(released, std=shipped(name).std))
 
 
-@pytest.mark.parametrize(
-    "name", ["deepseek_v3", "deepseek_v32", "glm5_1", "kimi_k2_6", "mixtral_8x7b", "qwen3_30b_a3b"]
-)
+@pytest.mark.parametrize("name", [*RELEASED, "kimi_k2_6"])
 @pytest.mark.parametrize("size", ["", "_tiny"])
 def test_shipped_models_can_be_exported(name: str, size: str) -> None:
     config = shipped(name + size)
@@ -215,6 +263,9 @@ def refuses(family: published.Family, config: ModelConfig) -> bool:
         pytest.param("deepseek_v32", 671.878, 37.5, id="deepseek_v32"),
         pytest.param("glm5_1", 743.911, 40.8, id="glm5_1"),
         pytest.param("kimi_k2_6", 1026.408, 31.7, id="kimi_k2_6"),
+        # published: 284B, and 1.6T with the multi-token prediction block
+        pytest.param("deepseek_v4_flash", 284.3, 13.3, id="deepseek_v4_flash"),
+        pytest.param("deepseek_v4_pro", 1573.0, 48.9, id="deepseek_v4_pro"),
         # both releases count the embedding's rows among the active parameters (12.9 and 3.3); we do not
         pytest.param("mixtral_8x7b", 46.7, 12.9 - 0.131, id="mixtral_8x7b"),
         pytest.param("qwen3_30b_a3b", 30.5, 3.35 - 0.311, id="qwen3_30b_a3b"),
@@ -247,3 +298,89 @@ def test_published_sizes_of_parts_in_millions(
     assert size(first, "feedforward.feedforward") == pytest.approx(dense, abs=5e-4)
     assert size(last, "feedforward.feedforward.shared") == pytest.approx(expert, abs=5e-4)
     assert size(last, "feedforward.feedforward.router") == pytest.approx(router, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "csa", "indexer", "hca", "mhc", "expert", "router"),
+    [
+        pytest.param("deepseek_v4_flash", 106.956, 8.393, 10.749, 4.260, 0.786, 25.166, 1.049, id="flash"),
+        pytest.param("deepseek_v4_pro", 299.895, 14.685, 16.713, 7.406, 1.376, 66.060, 2.753, id="pro"),
+    ],
+)
+def test_sizes_of_the_parts_of_deepseek_v4_in_millions(
+    name: str, attention: float, csa: float, indexer: float, hca: float, mhc: float, expert: float, router: float
+) -> None:
+    """A pair of layers, sparse and heavily compressed, both with a learned router."""
+    blocks = cost.meta(shipped(name)).depths()
+    sparse, heavy = blocks[4], blocks[3]
+
+    def size(block: nn.Module, *parts: str) -> float:
+        found = [p.numel() for n, p in block.named_parameters() if any(n.startswith(part) for part in parts)]
+        return sum(found) / 1e6
+
+    inside = "attention.attention."
+    whole, compressor = size(heavy, inside), size(heavy, inside + "compressor")
+    assert compressor == pytest.approx(hca, abs=5e-4)
+    assert whole - compressor == pytest.approx(attention, abs=5e-4)
+    assert size(sparse, inside + "compressor") == pytest.approx(csa, abs=5e-4)
+    assert size(sparse, inside + "index_query", inside + "index_compressor") == pytest.approx(indexer, abs=5e-4)
+    assert size(sparse, "attention.residual", "feedforward.residual") == pytest.approx(mhc, abs=5e-4)
+    assert size(sparse, "feedforward.feedforward.shared") == pytest.approx(expert, abs=5e-4)
+    assert size(sparse, "feedforward.feedforward.router") == pytest.approx(router, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_token", "gigabytes", "megabytes_at_4096"),
+    [
+        pytest.param("deepseek_v4_pro", 5031.4, 5.280, 25.2, id="pro"),
+        pytest.param("deepseek_v4_flash", 3514.3, 3.688, 17.6, id="flash"),
+    ],
+)
+def test_published_cache_of_deepseek_v4(
+    name: str, per_token: float, gigabytes: float, megabytes_at_4096: float
+) -> None:
+    """As its kernels pack it: entries in fp8 and bf16, index keys in fp4; the tails of open blocks left out."""
+    model = cost.meta(shipped(name))
+    assert cost.kv_bytes_per_token(model, packed=True) == pytest.approx(per_token, abs=0.06)
+    for context, unit, expected, digit in ((1_048_576, 1e9, gigabytes, 1e-3), (4096, 1e6, megabytes_at_4096, 0.1)):
+        held = cost.kv_bytes(model, context, packed=True)
+        assert (held["entries"] + held["windows"]) / unit == pytest.approx(expected, abs=digit / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "attention", "index"),
+    [
+        pytest.param("deepseek_v4_pro", 97.7, 147.2 / 2, 61.4 * 2, id="pro"),
+        pytest.param("deepseek_v4_flash", 26.5, 45.2 / 2, 43.0 * 2, id="flash"),
+        pytest.param("deepseek_v32", 75.0, 69.6 / 2, 999.4, id="v3.2"),
+    ],
+)
+def test_operations_of_a_decode_step_in_billions(name: str, linear: float, attention: float, index: float) -> None:
+    """At a million tokens, each operation counted once whatever its precision."""
+    flops = cost.flops(cost.meta(shipped(name)), 1, 1_000_000)
+    # V3.2 counts its latent's expansion as a parameter that is read; absorbed, it multiplies the queries
+    assert flops.projections / 1e9 == pytest.approx(linear, rel=5e-3)
+    assert flops.scores / 1e9 == pytest.approx(attention, rel=1e-3)
+    assert flops.selection / 1e9 == pytest.approx(index, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_percent", "flops_percent", "sides"),
+    [
+        pytest.param("deepseek_v4_pro", 10.48, 27.07, 3.9e9, id="pro"),
+        pytest.param("deepseek_v4_flash", 7.32, 10.17, 1.8e9, id="flash"),
+    ],
+)
+def test_what_deepseek_v4_saves_against_v32(name: str, kv_percent: float, flops_percent: float, sides: float) -> None:
+    """At 1M tokens, caches packed; operations in fp8's: bf16 counts twice, fp4 times fp4 half. Attention is in bf16,
+    V3.2's indexer in fp8, V4's in fp4; sides: what is bf16 among the projections (head, router, compressors), counted
+    once more."""
+    ours, base = cost.meta(shipped(name)), cost.meta(shipped("deepseek_v32"))
+    caches = [cost.kv_bytes(model, 1_048_576, packed=True) for model in (ours, base)]
+    mine, theirs = (held["entries"] + held["windows"] for held in caches)
+    assert theirs / 1e9 == pytest.approx(50.40, abs=5e-3)
+    assert 100 * mine / theirs == pytest.approx(kv_percent, abs=5e-3)
+    decode, old = (cost.flops(model, 1, 1_000_000) for model in (ours, base))
+    equivalent = decode.projections + sides + 2 * decode.scores + decode.selection / 2
+    old_equivalent = old.projections + 2.1e9 + 2 * old.scores + old.selection
+    assert 100 * equivalent / old_equivalent == pytest.approx(flops_percent, abs=0.05)

@@ -156,6 +156,25 @@ def test_costs_are_the_published_ones(said: Callable[..., str]) -> None:
     assert percent["kv_bytes"]["4096"] == 100 and percent["total"] == pytest.approx(100 * 1026.408 / 671.026, abs=0.01)
 
 
+def test_caches_as_their_authors_pack_them(said: Callable[..., str]) -> None:
+    """48,068 bytes a token of DeepSeek-V3.2: 656 and 132 for each of 61 layers; 3,514.25 of V4-Flash."""
+    words = (
+        "cost",
+        "deepseek_v4_flash",
+        "deepseek_v32",
+        "--baseline",
+        "deepseek_v32",
+        "--context",
+        "1048576",
+        "--json",
+    )
+    packed, plain = json.loads(said(*words, "--packed")), json.loads(said(*words))
+    assert packed["deepseek_v32"]["kv_bytes_per_token"] == 48068
+    assert packed["deepseek_v4_flash"]["kv_bytes_per_token"] == 3514.25
+    assert packed["deepseek_v4_flash"]["percent_of_baseline"]["kv_bytes_per_token"] == 7.311
+    assert plain["deepseek_v4_flash"]["kv_bytes"]["1048576"] > packed["deepseek_v4_flash"]["kv_bytes"]["1048576"]
+
+
 def test_what_fits_a_gpu(said: Callable[..., str]) -> None:
     """Qwen3-30B-A3B on 80 GB: 61.06 GB of weights leave 18.94 GB, at 2 × 4 × 128 × 2 × 48 bytes a token."""
     words = ["qwen3_30b_a3b", "deepseek_v3", "--gpu", "h100", "--context", "4096"]

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from conf import schema
+from models import activation
 from models.contract import NOTHING
 from models.feedforward import moe
-from models.moe import balance, dispatch, experts, router
+from models.model import Model
+from models.moe import balance, dispatch, experts, hashed, router
 from models.sequence import Whole
+from tests import schemes
 from tests.schemes import packed
 
 
@@ -21,7 +24,7 @@ def build(width: int = 8, dtype: torch.dtype = torch.float64, **keys: Any) -> An
     keys = {"experts": 6, "top_k": 2, "hidden": 8, **keys}
     layer = schema.build(moe.Config, keys, "moe").build(width).to(dtype)
     with torch.no_grad():
-        for tensor in [*layer.parameters(), *layer.buffers()]:
+        for tensor in filter(torch.is_floating_point, [*layer.parameters(), *layer.buffers()]):
             tensor.normal_(0, 0.5)
     return layer
 
@@ -41,6 +44,7 @@ ROUTERS = [
     pytest.param({"affinity": "sigmoid"}, id="sigmoid"),
     pytest.param({"affinity": "sigmoid", "bias": True, "scaling": 2.5}, id="sigmoid bias"),
     pytest.param({"affinity": "sigmoid", "bias": True, "groups": 3, "kept_groups": 2}, id="sigmoid bias groups"),
+    pytest.param({"affinity": "sqrt_softplus", "bias": True, "scaling": 1.5}, id="sqrt softplus bias"),
     pytest.param({"groups": 6, "kept_groups": 4, "bias": True}, id="groups of one"),
 ]
 
@@ -54,6 +58,8 @@ def test_router_is_its_reference(keys: dict[str, Any]) -> None:
         logits = [float(row @ token) for row in layer.router.logits.weight.detach()]
         if keys.get("affinity") == "sigmoid":
             affinity = [1 / (1 + math.exp(-logit)) for logit in logits]
+        elif keys.get("affinity") == "sqrt_softplus":
+            affinity = [math.sqrt(math.log(1 + math.exp(logit))) for logit in logits]
         else:
             affinity = [math.exp(logit) / sum(math.exp(other) for other in logits) for logit in logits]
         bias = layer.router.bias.tolist() if keys.get("bias") else [0.0] * 6
@@ -64,6 +70,80 @@ def test_router_is_its_reference(keys: dict[str, Any]) -> None:
         total = sum(weights) if keys.get("normalise", True) else 1.0
         expected = [keys.get("scaling", 1.0) * weight / total for weight in weights]
         assert routing.weights[n].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_root_of_the_softplus_has_a_gradient_everywhere(dtype: torch.dtype) -> None:
+    """Below −104, softplus is 0 in float32, and the root's derivative there is not a number."""
+    logits = torch.tensor([-150.0, -104.0, -60.0, -40.5, -39.5, -3.0, 0.0, 30.0], dtype=dtype, requires_grad=True)
+    affinity = router.sqrt_softplus(logits)
+    (slope,) = torch.autograd.grad(affinity.sum(), logits)
+    for x, y, dy in zip(logits.tolist(), affinity.tolist(), slope.tolist(), strict=True):
+        root = math.sqrt(math.log1p(math.exp(x)))
+        assert y == pytest.approx(root, rel=1e-5)
+        assert dy == pytest.approx(1 / (1 + math.exp(-x)) / (2 * root), rel=1e-5)
+
+
+@pytest.mark.parametrize(("vocab", "experts", "top_k"), [(23, 5, 2), (1000, 16, 6), (7, 4, 4), (3, 9, 1), (50, 6, 3)])
+def test_a_table_starts_balanced(vocab: int, experts: int, top_k: int) -> None:
+    """Different experts for each token, loads that differ by one at most; another seed gives another table."""
+    tables = []
+    for seed in (0, 0, 1):
+        table = hashed.Table(vocab, experts, top_k)
+        table.start_buffers(torch.Generator().manual_seed(seed))
+        tables.append(table.experts)
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+    assert all(len(set(row)) == top_k for row in tables[0].tolist())
+    load = tables[0].flatten().bincount(minlength=experts)
+    assert load.max() - load.min() <= 1
+
+
+def test_a_table_chooses_and_the_affinity_weighs() -> None:
+    layer = build(router={"affinity": "sqrt_softplus", "hash_vocab": 11, "scaling": 1.5}, balance_loss=0.3)
+    layer.router.table.start_buffers(torch.Generator().manual_seed(0))
+    x, ids = torch.randn(2, 5, 8, dtype=torch.float64), torch.tensor([[0, 3, 10, 3, 7], [1, 1, 1, 2, 9]])
+    routing = layer.router(x.flatten(0, 1), ids.flatten())
+    assert torch.equal(routing.experts, layer.router.table.experts[ids.flatten()])
+    for n, token in enumerate(x.flatten(0, 1)):
+        affinity = [math.sqrt(math.log(1 + math.exp(float((row @ token).detach())))) for row in layer.router.logits.weight]
+        chosen = [affinity[e] for e in routing.experts[n]]
+        assert routing.weights[n].tolist() == pytest.approx([1.5 * a / sum(chosen) for a in chosen], rel=1e-12)
+    assert layer.needs == ("ids",)
+    result = layer(x, Whole.rows(2, 5), {"ids": ids})
+    assert result.extra is None, "no loss can move a table"
+    assert result.report["load"].tolist() == routing.experts.flatten().bincount(minlength=6).tolist()
+    layer.update_bias(result.report["load"])
+
+
+def test_a_table_must_know_the_vocabulary() -> None:
+    row = schemes.Row((schemes.layer(schemes.gqa(), schemes.HASHED),), {"vocab": 24})
+    with pytest.raises(schema.Refused, match=r"23 token ids, but model\.vocab is 24"):
+        Model(row.config())
+
+
+@pytest.mark.parametrize("shared_hidden", [0, 5])
+def test_a_clamp_bounds_what_enters_the_product(shared_hidden: int) -> None:
+    """The gate from above alone, the other from both sides; in routed and shared experts alike."""
+    layer = build(shared_hidden=shared_hidden, clamp=0.1)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+
+    def expert(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(gate.minimum(torch.tensor(0.1))) * up.maximum(torch.tensor(-0.1)).minimum(
+            torch.tensor(0.1)
+        )
+
+    routing, rows = layer.router(x[0]), []
+    for n, token in enumerate(x[0]):
+        out = torch.zeros(8, dtype=torch.float64)
+        for e, weight in zip(routing.experts[n], routing.weights[n], strict=True):
+            out += weight * (layer.experts.down[e] @ expert(*(layer.experts.gate_up[e] @ token).chunk(2)))
+        if layer.shared is not None:
+            out += layer.shared.down(expert(layer.shared.gate(token), layer.shared.up(token)))
+        rows.append(out)
+    torch.testing.assert_close(layer(x, Whole.rows(1, 6), {}).y[0], torch.stack(rows))
+    clamped = activation.gating("silu", 10.0)
+    assert clamped(torch.tensor(-50.0), torch.tensor(1.0)) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("keys", [{}, {"groups": 3, "kept_groups": 2}, {"affinity": "sigmoid", "bias": True}])
@@ -267,6 +347,10 @@ def test_the_bias_steps_towards_the_mean_load(load: list[int], step: list[int]) 
         ({"router": {"groups": 3, "kept_groups": 4}}, "kept_groups"),
         ({"router": {"groups": 6, "kept_groups": 1}}, "kept groups"),
         ({"router": {"affinity": "tanh"}}, "affinity"),
+        ({"router": {"hash_vocab": 9, "bias": True}}, "a table chooses"),
+        ({"router": {"hash_vocab": 9, "groups": 3, "kept_groups": 2}}, "a table chooses"),
+        ({"router": {"hash_vocab": 0}}, "hash_vocab"),
+        ({"clamp": 0.0}, "clamp"),
     ],
 )
 def test_an_impossible_layer_is_refused(keys: dict[str, Any], words: str) -> None:

@@ -114,7 +114,8 @@ class DSA(mla.MLA):
         if self.mode == "dense":
             return (latent,)
         i = self.config.indexer
-        key = Part("key", (("index", i.head_dim),), i.format)
+        packed = (("fp8", i.head_dim), ("fp32", 1)) if i.format == "bf16" else ()
+        key = Part("key", (("index", i.head_dim),), i.format, packed)
         parts = (key,) if i.format == "bf16" else (key, Part("scale", (("one", 1),), "fp32"))
         if self.mode == "sparse":
             latent = replace(latent, chosen=i.top_k)

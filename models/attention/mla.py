@@ -101,7 +101,9 @@ class MLA(Attention):
             self.latent_norm = RMSNorm(c.latent, c.latent_eps, "latent")
 
     def slots(self) -> tuple[Slot, ...]:
-        latent = Part("latent", (("latent", self.config.latent),))
+        size = self.config.latent
+        # DeepSeek's kernels: fp8 with an fp32 scale for every 128 numbers; what is rotated stays in bf16
+        latent = Part("latent", (("latent", size),), packed=(("fp8", size), ("fp32", -(-size // 128))))
         rope = Part("rope", (("rope_dim", self.config.rope_dim),))
         return (Slot("latent", (latent, rope)),)
 

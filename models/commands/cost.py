@@ -31,47 +31,50 @@ def run(arguments: argparse.Namespace) -> None:
     gpus = None if arguments.gpu is None else _gpus(arguments.gpu)
     weight_bytes = _format_bytes(arguments.weights or "bf16")
     models = {found.name: cost.meta(found.config) for found in named(arguments.model)}
-    costs = {name: costs_of(model, contexts) for name, model in models.items()}
+    costs = {name: costs_of(model, contexts, packed=arguments.packed) for name, model in models.items()}
     if gpus is not None:
         number, gpu = gpus
         for name, model in models.items():
-            fits = fitting(model, contexts, number * gpu.memory, weight_bytes)
+            fits = fitting(model, contexts, number * gpu.memory, weight_bytes, packed=arguments.packed)
             costs[name]["gpu"] = {"name": arguments.gpu, **fits, **against_ridge(costs[name], gpu)}
     if arguments.baseline is not None:
-        baseline = _baseline(arguments.baseline, costs, contexts)
+        baseline = _baseline(arguments.baseline, costs, contexts, packed=arguments.packed)
         for name in costs:
             costs[name]["percent_of_baseline"] = percents(costs[name], baseline)
     print(json.dumps(costs, indent=2) if arguments.json else tables(costs, contexts))
 
 
-def costs_of(model: Model, contexts: list[int]) -> Costs:
-    """Parameters, bytes (in the formats that the slots declare) and operations; by context where they depend on it.
+def costs_of(model: Model, contexts: list[int], *, packed: bool) -> Costs:
+    """Parameters, bytes (in the formats that the slots declare, or as packed) and operations; by context where they
+    depend on it.
 
     naive: of the cache, as an engine without windows holds it.
     """
     size = cost.parameters(model)
-    cache = {str(tokens): cost.kv_bytes(model, tokens) for tokens in contexts}
+    cache = {str(tokens): cost.kv_bytes(model, tokens, packed=packed) for tokens in contexts}
     return {
         "total": size.total,
         "active": size.active,
         "looked_up": size.looked_up,
-        "kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model)),
+        "kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model, packed=packed)),
         "kv_bytes": {tokens: _whole(held["total"]) for tokens, held in cache.items()},
         "kv_bytes_by_kind": {
             tokens: {kind: _whole(number) for kind, number in held.items() if kind != "total"}
             for tokens, held in cache.items()
         },
-        "naive_kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model, naive=True)),
-        "naive_kv_bytes": {str(n): _whole(cost.kv_bytes(model, n, naive=True)["total"]) for n in contexts},
+        "naive_kv_bytes_per_token": _whole(cost.kv_bytes_per_token(model, naive=True, packed=packed)),
+        "naive_kv_bytes": {
+            str(n): _whole(cost.kv_bytes(model, n, naive=True, packed=packed)["total"]) for n in contexts
+        },
         "growth_exponent": round(cost.growth_exponent(model), 3),
-        "flop_per_byte": {str(n): round(cost.flop_per_byte(model, n), 3) for n in contexts},
-        "read_bytes_per_step": {str(n): _whole(cost.read_bytes_per_step(model, n)) for n in contexts},
+        "flop_per_byte": {str(n): round(cost.flop_per_byte(model, n, packed=packed), 3) for n in contexts},
+        "read_bytes_per_step": {str(n): _whole(cost.read_bytes_per_step(model, n, packed=packed)) for n in contexts},
         "decode_flops": {str(n): _whole(cost.flops(model, 1, n).total) for n in contexts},
         "prefill_flops": {str(n): _whole(cost.flops(model, n, n).total) for n in contexts},
     }
 
 
-def fitting(model: Model, contexts: list[int], memory: float, weight_bytes: float) -> Costs:
+def fitting(model: Model, contexts: list[int], memory: float, weight_bytes: float, *, packed: bool) -> Costs:
     """What the memory holds beside the weights: the longest context of one session, and sessions of each context.
 
     Activations and the engine's own needs are not subtracted.
@@ -79,16 +82,17 @@ def fitting(model: Model, contexts: list[int], memory: float, weight_bytes: floa
     weights = sum(parameter.numel() for parameter in model.parameters()) * weight_bytes
     left = memory - weights
 
+    def held(tokens: int) -> float:
+        return cost.kv_bytes(model, tokens, packed=packed)["total"]
+
     def fits(tokens: int) -> bool:
-        return cost.kv_bytes(model, tokens)["total"] <= left
+        return held(tokens) <= left
 
     longest, beyond = 0, LIMIT + 1
     while left > 0 and beyond - longest > 1:
         middle = (longest + beyond) // 2
         longest, beyond = (middle, beyond) if fits(middle) else (longest, middle)
-    sessions = {
-        str(n): max(0, int(left // held)) if (held := cost.kv_bytes(model, n)["total"]) else None for n in contexts
-    }
+    sessions = {str(n): max(0, int(left // size)) if (size := held(n)) else None for n in contexts}
     return {
         "memory_bytes": _whole(memory),
         "weight_bytes": _whole(weights),
@@ -165,13 +169,13 @@ def _fit_words(name: str, gpu: Costs) -> str:
     )
 
 
-def _baseline(words: str, costs: Mapping[str, Costs], contexts: list[int]) -> Costs:
+def _baseline(words: str, costs: Mapping[str, Costs], contexts: list[int], *, packed: bool) -> Costs:
     if words in costs:
         return costs[words]
     found = named(words.split())
     if len(found) != 1:
         raise Refused(f"--baseline is '{words}', but it takes one model.")
-    return costs_of(cost.meta(found[0].config), contexts)
+    return costs_of(cost.meta(found[0].config), contexts, packed=packed)
 
 
 def _contexts(text: str) -> list[int]:

@@ -15,23 +15,28 @@ from models.linear import Linear
 
 @dataclass(frozen=True)
 class Config:
+    """clamp: see models.activation."""
+
     hidden: int
     activation: activation.Kind = "silu"
+    clamp: float | None = None
 
     def __post_init__(self) -> None:
         if self.hidden < 1:
             raise ValueError(f"hidden ({self.hidden}) must be positive")
+        if self.clamp is not None and self.clamp <= 0:
+            raise ValueError(f"clamp ({self.clamp}) must be positive; leave it null for none")
 
     def build(self, width: int) -> Dense:
-        return Dense(width, self.hidden, self.activation)
+        return Dense(width, self.hidden, activation.gating(self.activation, self.clamp))
 
 
 class Dense(FeedForward):
     """Every token through the same three matrices."""
 
-    def __init__(self, width: int, hidden: int, kind: activation.Kind = "silu") -> None:
+    def __init__(self, width: int, hidden: int, gated: activation.Gating = activation.swiglu) -> None:
         super().__init__()
-        self.gated = activation.gating(kind)
+        self.gated = gated
         self.gate = Linear(width, hidden, ("hidden", "width"))
         self.up = Linear(width, hidden, ("hidden", "width"))
         self.down = Linear(hidden, width, ("width", "hidden"), "output")

@@ -18,7 +18,8 @@ from models.moe.experts import Experts
 
 @dataclass(frozen=True)
 class Config:
-    """hidden: width of one expert. shared_hidden: width of the shared experts together, 0 for none.
+    """hidden: width of one expert. shared_hidden: width of the shared experts together, 0 for none. clamp: see
+    models.activation, for both.
 
     balance_loss, z_loss: coefficients of the losses in models.moe.balance. bias_rate: γ of the selection bias's update.
     """
@@ -28,6 +29,7 @@ class Config:
     hidden: int
     shared_hidden: int = 0
     activation: activation.Kind = "silu"
+    clamp: float | None = None
     router: router.Config = field(default_factory=router.Config)
     balance_loss: float = 0.0
     z_loss: float = 0.0
@@ -40,6 +42,8 @@ class Config:
             raise ValueError(
                 f"hidden ({self.hidden}) must be positive, shared_hidden ({self.shared_hidden}) not negative"
             )
+        if self.clamp is not None and self.clamp <= 0:
+            raise ValueError(f"clamp ({self.clamp}) must be positive; leave it null for none")
         groups, kept = self.router.groups, self.router.kept_groups
         if groups < 1 or self.experts % groups:
             raise ValueError(f"experts ({self.experts}) must be a multiple of router.groups ({groups})")
@@ -61,11 +65,15 @@ class MoE(FeedForward):
         super().__init__()
         c = self.config = config
         self.router = router.Router(c.router, width, c.experts, c.top_k)
-        self.experts = Experts(width, c.hidden, c.experts, c.activation)
-        self.shared = Dense(width, c.shared_hidden, c.activation) if c.shared_hidden else None
+        self.vocab = c.router.hash_vocab
+        self.needs = () if self.vocab is None else ("ids",)
+        gated = activation.gating(c.activation, c.clamp)
+        self.experts = Experts(width, c.hidden, c.experts, gated)
+        self.shared = Dense(width, c.shared_hidden, gated) if c.shared_hidden else None
 
     def forward(self, x: Tensor, sequence: Sequence, carried: Mapping[str, Any]) -> Result:
-        mixed = self.mix(x, self.router(x.flatten(0, 1)), sequence)
+        ids = carried["ids"].flatten() if self.needs else None
+        mixed = self.mix(x, self.router(x.flatten(0, 1), ids), sequence)
         return mixed if self.shared is None else replace(mixed, y=mixed.y + self.shared.glu(x))
 
     def mix(self, x: Tensor, routing: router.Routing, sequence: Sequence) -> Result:
@@ -75,7 +83,8 @@ class MoE(FeedForward):
         copies = self.experts(dispatch.spread(x.flatten(0, 1), order), order.load)
         y = dispatch.gather(copies, routing.weights, order).view_as(x)
         extra = None
-        if c.balance_loss:
+        # a table's load is what it is: there is nothing that the loss could move
+        if c.balance_loss and self.vocab is None:
             affinity = routing.affinity.view(batch, length, -1)
             loss = balance.sequence_balance(affinity, routing.experts.view(batch, length, -1), sequence)
             extra = c.balance_loss * loss / sequence.counts["sequences"]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import activation
 from models.activation import Gating, swiglu
 from models.parameter import Module
 
@@ -17,9 +16,9 @@ class Experts(Module):
     gate_up: Tensor
     down: Tensor
 
-    def __init__(self, width: int, hidden: int, num_experts: int, kind: activation.Kind = "silu") -> None:
+    def __init__(self, width: int, hidden: int, num_experts: int, gated: Gating = swiglu) -> None:
         super().__init__()
-        self.gated = activation.gating(kind)
+        self.gated = gated
         self.width, self.hidden, self.num_experts = width, hidden, num_experts
         gate_up = (num_experts, 2 * hidden, width)
         self.declare("gate_up", gate_up, ("experts", "hidden", "width"), "expert", split=(hidden, hidden))

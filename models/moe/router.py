@@ -1,18 +1,23 @@
-"""Which experts a token goes to, and with which weights: softmax or sigmoid top-k, group-limited, bias-corrected.
+"""Which experts a token goes to, and with which weights: top-k of an affinity, group-limited, bias-corrected; or a
+table.
 
 Switch and Mixtral (arXiv 2401.04088) take the softmax; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) the sigmoid, a
-bias that enters the selection only, and groups of experts of which the best few are kept.
+bias that enters the selection only, and groups of experts of which the best few are kept; DeepSeek-V4 (report, arXiv
+2606.19348, section 2.1) the root of the softplus, and in its first layers a table by token id.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.linear import Linear, full_precision
+from models.moe.hashed import Table
 from models.parameter import Module
 from models.selection import selected
 
@@ -21,14 +26,24 @@ from models.selection import selected
 class Config:
     """normalise: weights of the chosen experts sum to one before `scaling`. bias: a selection-only bias that whoever
     trains updates from the load. groups, kept_groups: experts are chosen within the best `kept_groups` of `groups`
-    groups, a group's score being the sum of its two best experts'."""
+    groups, a group's score being the sum of its two best experts'. hash_vocab: where it is given, a table of so many
+    token ids says which experts, and the affinity their weights alone."""
 
-    affinity: Literal["softmax", "sigmoid"] = "softmax"
+    affinity: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     normalise: bool = True
     scaling: float = 1.0
     bias: bool = False
     groups: int = 1
     kept_groups: int = 1
+    hash_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hash_vocab is not None and (self.bias or self.groups > 1):
+            raise ValueError("with hash_vocab a table chooses the experts: neither a bias nor groups have a say")
+        if self.hash_vocab is not None and self.hash_vocab < 1:
+            raise ValueError(
+                f"hash_vocab ({self.hash_vocab}) must be the vocabulary's size; leave it null for no table"
+            )
 
 
 class Routing(NamedTuple):
@@ -50,12 +65,17 @@ class Router(Module):
         self.bias: Tensor | None
         # a buffer: it takes no gradient, but it is part of the model and of its checkpoints
         self.register_buffer("bias", torch.zeros(num_experts) if config.bias else None)
+        self.table = None if config.hash_vocab is None else Table(config.hash_vocab, num_experts, top_k)
 
-    def forward(self, x: Tensor) -> Routing:
-        """x: [N, D]."""
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:
+        """x: [N, D]; ids: [N], for a table."""
         logits = self.logits(x)
-        affinity = logits.softmax(-1) if self.config.affinity == "softmax" else logits.sigmoid()
-        experts = selected(self._select(affinity.detach()))
+        affinity = AFFINITIES[self.config.affinity](logits)
+        if self.table is None:
+            experts = selected(self._select(affinity.detach()))
+        else:
+            assert ids is not None
+            experts = self.table(ids)
         weights = affinity.gather(1, experts)
         if self.config.normalise:
             # the epsilon of DeepSeek's code; it vanishes beside a softmax
@@ -75,6 +95,21 @@ class Router(Module):
     def flops(self) -> float:
         """Per token."""
         return self.logits.flops()
+
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """√log(1 + eˣ). Far below zero that is e^(x/2), whose gradient is finite: softplus underflows, and the derivative
+    of the root at 0 is not a number."""
+    low = logits < -40
+    root = F.softplus(logits.masked_fill(low, 0.0)).sqrt()
+    return torch.where(low, torch.exp(logits.clamp(max=-40) / 2), root)
+
+
+AFFINITIES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": sqrt_softplus,
+}
 
 
 def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 A table has one row for each kind of tensor of ours, `{layer}` standing for the depth. Its value is a tuple of
 spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
 on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
-other. A `Share` is a depth's part of one tensor for all depths.
+other; one that is `Flat`, that a stack's matrices lie one below the other in one. A `Share` is a depth's part of one
+tensor for all depths.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ class Share:
     layer: int = 0
 
 
-Spelling = str | tuple[str, ...] | Share
+@dataclass(frozen=True)
+class Flat:
+    """[stack, out, in] of ours as [stack · out, in]."""
+
+    name: str
+
+
+Spelling = str | tuple[str, ...] | Share | Flat
 Names = Mapping[str, tuple[Spelling, ...]]
 
 IGNORED = "ignored"
@@ -76,6 +84,9 @@ class Ours(Mapping[str, Tensor]):
         if isinstance(spelling, Share):
             size = shape[spelling.dim]
             return self._whole(spelling, size).narrow(spelling.dim, spelling.layer * size, size)
+        if isinstance(spelling, Flat):
+            flat = self._theirs[spelling.name]
+            return flat.view(shape) if flat.shape == (shape[0] * shape[1], *shape[2:]) else flat
         experts = [[self._theirs[part.format(expert=e)] for part in spelling] for e in range(shape[0])]
         try:
             return torch.stack([torch.cat(parts) for parts in experts])
@@ -132,6 +143,9 @@ def to_theirs(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, T
                 yield spelling.name, torch.cat([held[layer] for layer in sorted(held)], spelling.dim)
                 del parts[spelling.name]
             continue
+        if isinstance(spelling, Flat):
+            yield spelling.name, tensor.flatten(0, 1)
+            continue
         for expert, rows in enumerate(tensor):
             for part, matrix in zip(spelling, rows.chunk(len(spelling)), strict=True):
                 yield part.format(expert=expert), matrix
@@ -147,6 +161,8 @@ def _spellings(name: str, names: Names) -> list[Spelling]:
             return spelling.replace("{layer}", layer)
         if isinstance(spelling, Share):
             return replace(spelling, layer=int(layer))
+        if isinstance(spelling, Flat):
+            return Flat(spelling.name.replace("{layer}", layer))
         return tuple(text.replace("{layer}", layer) for text in spelling)
 
     return [at_layer(spelling) for spelling in row]
@@ -169,13 +185,13 @@ def _present(name: str, shape: torch.Size, theirs: Mapping[str, Tensor], names: 
 def _expanded(spelling: Spelling, shape: torch.Size) -> list[str]:
     if isinstance(spelling, str):
         return [spelling]
-    if isinstance(spelling, Share):
+    if isinstance(spelling, Share | Flat):
         return [spelling.name]
     return [part.format(expert=expert) for expert in range(shape[0]) for part in spelling]
 
 
 def _text(spelling: Spelling) -> str:
-    if isinstance(spelling, Share):
+    if isinstance(spelling, Share | Flat):
         return spelling.name
     return spelling if isinstance(spelling, str) else " and ".join(spelling)
 
