@@ -340,7 +340,12 @@ class Entry(Module):
 
 
 class Residual(Module):
-    """How one sublayer reads the residual stream, and how its output is written back."""
+    """How one sublayer reads the residual stream, and how its output is written back.
+
+    compute_dtype: of what the sublayer is handed; the stream itself may be wider. Set by the model, as for `Ends`.
+    """
+
+    compute_dtype: torch.dtype
 
     @abstractmethod
     def read(self, residual: Tensor) -> tuple[Tensor, Any]:
@@ -357,6 +362,8 @@ class Residual(Module):
 
 class Ends(Module):
     """The two ends of the residual stream."""
+
+    compute_dtype: torch.dtype
 
     @abstractmethod
     def enter(self, embedded: Tensor) -> Tensor:

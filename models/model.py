@@ -14,7 +14,7 @@ from conf.schema import Refused
 from models import loss, mechanism, norm
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer
 from models.config import Layer, ModelConfig, resolve
-from models.contract import Attention, Entry, FeedForward, Report, Residual, Sequence
+from models.contract import Attention, Ends, Entry, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
 from models.parameter import Module, Parametrization, named_specs
 from models.stream import Stream
@@ -61,7 +61,6 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype = compute_dtype or torch.get_default_dtype()
         residual = mechanism.config_of("residual", config.residual, "model.residual")
         self.embedding = Embedding(config.vocab, config.width)
         layers = resolve(config)
@@ -72,8 +71,21 @@ class Model(nn.Module):
         self.head = None if config.tied else Linear(config.width, config.vocab, ("vocab", "width"), "head")
         _refuse_misread(self.attention_sublayers())
         _refuse_unknown_ids(self.feedforwards(), config.vocab)
+        self.compute_dtype = compute_dtype or torch.get_default_dtype()
         at_entry = {"ids", "embedding"}.union(*(entry.provides for entry in self.entries))  # type: ignore[arg-type]
         self.entry_live = _mark_live([sublayer for block in self.depths() for sublayer in block.sublayers()], at_entry)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        """Told to the residual too, whose stream may be wider."""
+        self._compute_dtype = dtype
+        for module in self.modules():
+            if isinstance(module, Residual | Ends):
+                module.compute_dtype = dtype
 
     def depths(self) -> list[Block]:
         """The blocks, in order of depth."""

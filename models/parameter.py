@@ -24,6 +24,7 @@ Role = Literal[
     "expert",  # a stack of expert matrices [experts, out, in] that read the residual stream
     "expert_output",  # a stack of expert matrices whose product is added to it
     "router",  # token to expert logits
+    "convolution",  # filters along the sequence
     "gain",  # a norm's gain, initially one
     "bias",  # added, initially zero
     "sink",  # a head's logit that only enters the softmax denominator
@@ -134,8 +135,8 @@ class Parametrization:
         return 1e-8
 
     def weight_decay(self, spec: Spec) -> bool:
-        """Whether decoupled weight decay applies: to matrices, not to gains, biases, sinks and tables."""
-        return spec.role not in ("gain", "bias", "sink", "position_bias")
+        """Whether decoupled weight decay applies: to matrices, not to gains, biases, sinks, tables and filters."""
+        return spec.role not in ("gain", "bias", "sink", "position_bias", "convolution")
 
     def is_matrix(self, spec: Spec) -> bool:
         """Whether an optimizer of matrices (Muon) may take it: not embeddings, the head, vectors or tables."""

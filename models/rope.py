@@ -89,6 +89,8 @@ class Rope:
 
 def rotate_first(rope: Rope, x: Tensor, size: int, position: Tensor) -> Tensor:
     """Rotate the first `size` numbers of x's last dim, leave the others."""
+    if size == 0:
+        return x
     if size == x.shape[-1]:
         return rope.rotate(x, position)
     turned, kept = x.split((size, x.shape[-1] - size), -1)

@@ -157,6 +157,15 @@ def tpa(**changes: Any) -> Plan:
     return {"scheme": "tpa", "heads": 3, "head_dim": 6, **ranks, **changes}
 
 
+def cca(**changes: Any) -> Plan:
+    return {"scheme": "cca", "heads": 4, "kv_heads": 2, "head_dim": 6, "rope_dim": 4, **changes}
+
+
+def depth_moe(**changes: Any) -> Plan:
+    # wide enough that a rounding of the router shows in the logits, and that no expert is left alone
+    return {"scheme": "depth_moe", "experts": 3, "hidden": 20, "router_hidden": 32, **changes}
+
+
 def swa(**changes: Any) -> Plan:
     plan = {**hca(), "scheme": "swa", **changes}
     return {key: value for key, value in plan.items() if key != "rate"}
@@ -229,6 +238,14 @@ TABLE: dict[str, Row] = {
     "gta one state": Row((layer(gta(kv_heads=1, head_dim=4)),)),
     "tpa": Row((layer(tpa()), layer(tpa(query_rank=None), reads=-1))),
     "tpa kv-only": Row((layer(tpa(query_rank=None, key_rank=3, value_rank=2)),)),
+    "cca": Row((layer(cca(kv_heads=4)),)),
+    "ccgqa window": Row((layer(cca(window=5, rope_dim=6, bias=True)),)),
+    "cca three taps": Row((layer(cca(kv_heads=1, channel_taps=3, head_taps=1)),)),
+    "cca no convolution": Row((layer(cca(channel_taps=1, head_taps=1, rope_dim=0)),)),
+    "cca depth moe affine": Row(
+        (layer(cca(), depth_moe(first=True)), layer(cca(kv_heads=1)), layer(cca(), depth_moe())),
+        {"residual": {"scheme": "affine"}, "tied": True},
+    ),
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),

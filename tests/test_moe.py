@@ -106,7 +106,9 @@ def test_a_table_chooses_and_the_affinity_weighs() -> None:
     routing = layer.router(x.flatten(0, 1), ids.flatten())
     assert torch.equal(routing.experts, layer.router.table.experts[ids.flatten()])
     for n, token in enumerate(x.flatten(0, 1)):
-        affinity = [math.sqrt(math.log(1 + math.exp(float((row @ token).detach())))) for row in layer.router.logits.weight]
+        affinity = [
+            math.sqrt(math.log(1 + math.exp(float((row @ token).detach())))) for row in layer.router.logits.weight
+        ]
         chosen = [affinity[e] for e in routing.experts[n]]
         assert routing.weights[n].tolist() == pytest.approx([1.5 * a / sum(chosen) for a in chosen], rel=1e-12)
     assert layer.needs == ("ids",)

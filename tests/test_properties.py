@@ -334,13 +334,14 @@ def test_precise(row: Row) -> None:
         for name, parameter, spec in named_specs(model):
             if not spec.fp32:
                 continue
-            held = (4 * parameter).bfloat16()
+            before, held = parameter.clone(), parameter.bfloat16()
             parameter.copy_(held)
             base = _all_of(model, ids, sequence)
             parameter.mul_(1 + 0.9 * 2**-9)
             assert torch.equal(parameter.bfloat16(), held)
             changed = _all_of(model, ids, sequence)
             assert not torch.equal(base, changed), f"{name} is computed in bfloat16"
+            parameter.copy_(before)
 
 
 @torch.enable_grad()

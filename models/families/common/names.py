@@ -4,7 +4,7 @@ A table has one row for each kind of tensor of ours, `{layer}` standing for the 
 spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
 on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
 other; one that is `Flat`, that a stack's matrices lie one below the other in one. A `Share` is a depth's part of one
-tensor for all depths.
+tensor for all depths. TRAINING_ALONE is a tensor that they do not hold, which starts at zero.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Flat:
 
 Spelling = str | tuple[str, ...] | Share | Flat
 Names = Mapping[str, tuple[Spelling, ...]]
+
+TRAINING_ALONE: Spelling = ()
 
 IGNORED = "ignored"
 """The row of a table that is no tensor of ours: regular expressions for tensors of theirs that a language model leaves
@@ -79,6 +81,8 @@ class Ours(Mapping[str, Tensor]):
         return len(self._sources)
 
     def _read(self, spelling: Spelling, shape: torch.Size) -> Tensor:
+        if spelling == TRAINING_ALONE:
+            return torch.zeros(shape)
         if isinstance(spelling, str):
             return self._theirs[spelling]
         if isinstance(spelling, Share):
@@ -132,6 +136,8 @@ def to_theirs(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, T
     written = {name: _spellings(name, names)[0] for name in ours}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, spelling in written.items():
+        if spelling == TRAINING_ALONE:
+            continue
         tensor = ours[name]
         if isinstance(spelling, str):
             yield spelling, tensor
