@@ -139,6 +139,10 @@ def dsa(top_k: int = 4, pairing: str = "half", format: str = "bf16", **changes: 
     return {**mla(query_latent=7), "scheme": "dsa", "indexer": indexer, **changes}
 
 
+def gla(**changes: Any) -> Plan:
+    return {**mla(), "scheme": "gla", "heads": 4, "latents": 2, "latent": 5, **changes}
+
+
 def hca(**changes: Any) -> Plan:
     sizes = {"heads": 4, "head_dim": 6, "rope_dim": 4, "query_latent": 7, "groups": 2, "group_rank": 5}
     return {"scheme": "hca", **sizes, "window": 5, "rate": 4, **changes}
@@ -248,6 +252,8 @@ TABLE: dict[str, Row] = {
     ),
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
+    "gla": Row((layer(gla()), layer(gla(query_latent=7, heads=2), reads=-1))),
+    "gla a latent a head": Row((layer(gla(latents=4, latent=3, bias=True)),)),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
     "dsa shared": Row((layer(dsa()), layer(dsa(top_k=2), reads=-1))),
     "hca shared": Row((layer(hca()), layer(hca(heads=2, query_latent=9), reads=-1))),

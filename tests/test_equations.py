@@ -56,6 +56,27 @@ def per_head_latent(layer: Any, x: Tensor) -> Tensor:
     return torch.stack(outs)
 
 
+def gla(layer: Any, x: Tensor) -> Tensor:
+    c, outs = layer.config, []
+    keys: list[list[Tensor]] = [[] for _ in range(c.heads)]
+    values: list[list[Tensor]] = [[] for _ in range(c.heads)]
+    up = layer.expansion.weight.view(c.heads, c.nope_dim + c.value_dim, c.latent)
+    for t, a in enumerate(x):
+        made = layer.latent.weight @ a
+        latents = made[: c.latents * c.latent].view(c.latents, c.latent)
+        latents = latents / (latents.square().mean(1, keepdim=True) + c.latent_eps).sqrt() * layer.latent_norm.gain
+        rotated = turned(made[c.latents * c.latent :], t)
+        heads = []
+        for h, query in enumerate((layer.query.weight @ a).view(c.heads, -1)):
+            read = up[h] @ latents[h // (c.heads // c.latents)]
+            keys[h].append(torch.cat((read[: c.nope_dim], rotated)))
+            values[h].append(read[c.nope_dim :])
+            query = torch.cat((query[: c.nope_dim], turned(query[c.nope_dim :], t)))
+            heads.append(softmax_read(query, keys[h], values[h], c.nope_dim + c.rope_dim))
+        outs.append(layer.output.weight @ torch.cat(heads))
+    return torch.stack(outs)
+
+
 def gta(layer: Any, x: Tensor) -> Tensor:
     c, half, outs = layer.config, layer.config.head_dim // 2, []
     tied: list[list[Tensor]] = [[] for _ in range(c.kv_heads)]
@@ -110,6 +131,8 @@ def tpa(layer: Any, x: Tensor) -> Tensor:
     [
         pytest.param(schemes.per_head_latent(), per_head_latent, id="per-head latent"),
         pytest.param(schemes.per_head_latent(rope_dim=0, rank=4), per_head_latent, id="per-head latent, rotated"),
+        pytest.param(schemes.gla(rope={"pairing": "half"}), gla, id="gla"),
+        pytest.param(schemes.gla(latents=4, rope={"pairing": "half"}), gla, id="gla, a latent a head"),
         pytest.param(schemes.gta(), gta, id="gta"),
         pytest.param(schemes.gta(kv_heads=1, head_dim=12), gta, id="gta, one state"),
         pytest.param(schemes.tpa(), tpa, id="tpa"),

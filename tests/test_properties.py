@@ -242,7 +242,8 @@ def _pairs_in_cache(slot: Slot, queries: int, context: int) -> float:
 
 @every_row
 def test_a_step_of_decode_expands_nothing(row: Row) -> None:
-    """No tensor over the cached entries is wider than an entry, or than one score for each head."""
+    """No tensor over the cached entries is wider than an entry, what KV heads share given to each, or than one score a
+    head."""
     model, length = row.model_in(torch.float32), 997
     cache = Cache(model, 1, length)
     ids = tokens(1, length)
@@ -252,10 +253,16 @@ def test_a_step_of_decode_expands_nothing(row: Row) -> None:
     for slot in row.slots():
         if slot.kind == "entry" and slot.reach is None:
             beside = [other for other in row.slots() if other.entries(length) == slot.entries(length)]
-            widest = max(MOST_HEADS, *(sum(part.numbers for part in other.parts) for other in beside))
+            widest = max(MOST_HEADS, *map(_given_to_each_head, beside))
             over_entries = [shape for shape in watch.shapes if slot.entries(length) in shape]
             assert over_entries
             assert all(torch.Size(shape).numel() <= widest * slot.entries(length) for shape in over_entries)
+
+
+def _given_to_each_head(slot: Slot) -> int:
+    """Numbers of an entry, counting what KV heads share once for each of them."""
+    heads = max(dict(part.dims).get("kv_heads", 1) for part in slot.parts)
+    return sum(part.numbers * (1 if "kv_heads" in dict(part.dims) else heads) for part in slot.parts)
 
 
 @every_row

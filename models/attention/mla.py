@@ -139,6 +139,10 @@ class MLA(Attention):
         rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, nope.shape[2], -1)
         return torch.cat((nope, rope), -1), value
 
+    def latents(self, entries: Entries) -> Tensor:
+        """[B, T, number of latents, latent]: one, that all heads read."""
+        return entries.parts["latent"].unsqueeze(2)
+
     def _absorbs(self, entries: Entries, queries: int) -> bool:
         return not entries.aligned and queries <= self._break_even()
 
@@ -156,9 +160,9 @@ class MLA(Attention):
         low = self.absorb(query)
         readables = []
         for entries in pieces:
-            latent = entries.parts["latent"].unsqueeze(2)
-            key = torch.cat((latent, entries.parts["rope"].unsqueeze(2)), -1)
-            readables.append((key, latent, Visibility.of(entries, sequence)))
+            latents = self.latents(entries)
+            rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, latents.shape[2], -1)
+            readables.append((torch.cat((latents, rope), -1), latents, Visibility.of(entries, sequence)))
         return self.lift(read(self.core, low, readables, self.scale))
 
     def absorb(self, query: Query) -> Tensor:
