@@ -177,7 +177,10 @@ def _modules() -> list[str]:
 
 
 def _config_class(name: str) -> type | None:
-    return getattr(import_module(f"data.{name}"), "Config", None)
+    """What a module itself defines: a source's, not one that it imports."""
+    module = import_module(f"data.{name}")
+    owner = getattr(module, "Config", None)
+    return owner if owner is not None and owner.__module__ == module.__name__ else None
 
 
 def _sources() -> list[str]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from models.mode import Mode
 from models.parameter import Module
 
 NOTHING = -1
@@ -261,11 +262,6 @@ class Result:
     extra: Tensor | None = None
     report: Report = field(default_factory=dict)
     provided: dict[str, Any] = field(default_factory=dict)
-
-
-Mode = Literal["dense", "warmup", "sparse"]
-"""How a scheme that selects is trained: without selecting, its selector alone, or both (DeepSeek-V3.2, arXiv
-2512.02556, section 2.1.1). Fixed within a phase; a scheme that selects nothing does not read it."""
 
 
 class Attention(Module):

@@ -13,7 +13,8 @@ from torch import Tensor
 from conf import schema
 from models import cost, mechanism
 from models.attention.csa import CSA
-from models.contract import Mode, Result
+from models.contract import Result
+from models.mode import Mode
 from models.sequence import Whole
 from tests import schemes
 from tests.schemes import Row, layer

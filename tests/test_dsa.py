@@ -11,7 +11,7 @@ from torch import Tensor
 from conf.schema import Refused
 from models import fp8
 from models.attention import dsa as scheme
-from models.contract import Mode
+from models.mode import Mode
 from models.model import Losses, Model
 from models.sequence import Whole
 from parallel.recompute import Recompute, recompute

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conf.compose import compose
-from models.contract import Mode
+from models.mode import Mode
 from tests import runs
 from tests.runs import TINY
 from tests.test_dsa import INDEXER

@@ -191,7 +191,7 @@ def test_a_fair_comparison_is_not_called_unfair(report: Path) -> None:
     assert not any(word in said for word in ("Unequal", "training data", "held-out data", "machines", "Not finished"))
 
 
-DRAWN = {"loss.png", "loss_time.png", "quality.png", "load.png", "load_layers.png", "speed.png"}
+DRAWN = {"loss.png", "loss_time.png", "quality.png", "load.png", "load_layers.png", "position.png", "speed.png"}
 """What three finished runs on one text have numbers for."""
 
 

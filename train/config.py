@@ -9,7 +9,7 @@ from typing import Any, Literal
 from conf import schema
 from data.config import DataConfig
 from models.config import ModelConfig, resolve
-from models.contract import Mode
+from models.mode import Mode
 from parallel.layout import ParallelConfig
 from train.schedule import Schedule
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from conf.schema import Refused
 from data.course import Leg
-from models.contract import Mode
+from models.mode import Mode
 from train.config import TrainSection
 
 

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
-from models.contract import Mode
 from models.linear import full_precision
+from models.mode import Mode
 from models.model import Losses, Model, Scores
 from models.sequence import Whole, local_readers
 from parallel.apply import apply, defer_replicas, sum_gradients, total
