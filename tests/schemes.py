@@ -214,6 +214,9 @@ TABLE: dict[str, Row] = {
     "gqa value-norm scale p-rope": Row(
         (layer(gqa(qk_norm=True, value_norm=True, scale=1.0, rope={"proportion": 0.4})),)
     ),
+    "gqa gate": Row((layer(gqa(gate="head")), layer(gqa(heads=6, gate="head"), reads=-1))),
+    "gqa gate by element": Row((layer(gqa(gate="element", qk_norm=True, rope_dim=4, rope=YARN)),)),
+    "tied_kv gate": Row((layer(tied_kv(gate="head", rope_dim=2)),)),
     "tied_kv": Row((layer(tied_kv()), layer(tied_kv(window=5, bias=True)))),
     "tied_kv values": Row((layer(tied_kv(keeps="value", window=5)), layer(tied_kv(keeps="value")))),
     "tied_kv shared": Row((layer(tied_kv()), layer(tied_kv(heads=6), reads=0))),

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from models.rope import Rope, Yarn, rotate_last
+from models.rope import Rope, Yarn, rotate_first, rotate_last
 
 
 def rotated(x: list[float], position: int, base: float, pairs: list[tuple[int, int]]) -> list[float]:
@@ -41,6 +41,15 @@ def test_only_the_last_numbers_turn() -> None:
     y = rotate_last(Rope(), x, 6, position)
     assert torch.equal(y[..., :2], x[..., :2])
     assert torch.equal(y[..., 2:], Rope().rotate(x[..., 2:], position))
+
+
+@pytest.mark.parametrize("size", [0, 2, 6, 8])
+def test_only_the_first_numbers_turn(size: int) -> None:
+    x, position = torch.randn(2, 3, 4, 8), torch.arange(3).expand(2, 3)
+    y = rotate_first(Rope(), x, size, position)
+    assert torch.equal(y[..., size:], x[..., size:])
+    if size:
+        assert torch.equal(y[..., :size], Rope().rotate(x[..., :size], position))
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

@@ -2,12 +2,13 @@
 1911.02150).
 
 Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), one without a gain on
-each value head (Gemma 4), and a sliding window (arXiv 2004.05150).
+each value head (Gemma 4), a sliding window (arXiv 2004.05150), and a gate on what is read (models.output_gate).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,13 +31,14 @@ from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
 from models.norm import Gain, RMSNorm, unit_rms
-from models.rope import Rope
+from models.output_gate import Kind, OutputGate
+from models.rope import Rope, rotate_first
 
 
 @dataclass(frozen=True)
 class Config:
     """window: tokens a query reads, itself included; null reads all. bias: in all four projections. rope: null for no
-    positions.
+    positions. rope_dim: how many numbers of a head, its first, are rotated; null for all. gate: null for none.
 
     scale: of the scores; null for 1 / √head_dim. With another one, QK-norm's key gain starts where the scores are as
     wide as with that one, or the softmax of an untrained model would be saturated.
@@ -52,6 +54,8 @@ class Config:
     bias: bool = False
     norm_eps: float = 1e-6
     rope: Rope | None = field(default_factory=Rope)
+    rope_dim: int | None = None
+    gate: Kind | None = None
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -60,15 +64,34 @@ class Config:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.scale is not None and self.scale <= 0:
             raise ValueError(f"scale ({self.scale}) must be positive; leave it null for 1 / √head_dim")
-        if self.rope and self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated")
+        if self.rope_dim is not None and (self.rope is None or not 2 <= self.rope_dim <= self.head_dim):
+            raise ValueError(
+                f"rope_dim ({self.rope_dim}) must lie between 2 and head_dim ({self.head_dim}), and needs a rope; "
+                "leave it null to rotate whole heads, and rope null to rotate nothing"
+            )
+        if self.rope and self.rotated_dim % 2:
+            raise ValueError(
+                f"{'rope_dim' if self.rope_dim else 'head_dim'} ({self.rotated_dim}) must be even to be rotated"
+            )
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"window ({self.window}) must be at least 1, the query itself; leave it null for no window"
             )
 
+    @property
+    def rotated_dim(self) -> int:
+        """How many numbers of a head a rope turns."""
+        return self.head_dim if self.rope_dim is None else self.rope_dim
+
     def build(self, width: int, *, writes: bool = True) -> GQA:
         return GQA(self, width, writes)
+
+
+class Query(NamedTuple):
+    """heads: [B, S, H, d]. gate: what `attend` multiplies what they read by."""
+
+    heads: Tensor
+    gate: Tensor | None
 
 
 class GQA(Attention):
@@ -85,6 +108,7 @@ class GQA(Attention):
         self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
         self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
+        self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
         self.build_state()
 
     def build_state(self) -> None:
@@ -103,9 +127,10 @@ class GQA(Attention):
         dims = (("kv_heads", self.config.kv_heads), ("head_dim", self.config.head_dim))
         return (Slot("kv", (Part("key", dims), Part("value", dims)), reach=self.config.window),)
 
-    def compress(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, State]:
-        query = self.heads(self.query(x))
-        query = self.rotated(query if self.query_norm is None else self.query_norm(query), sequence.position)
+    def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:
+        heads = self.heads(self.query(x))
+        heads = self.rotated(heads if self.query_norm is None else self.query_norm(heads), sequence.position)
+        query = Query(heads, None if self.gate is None else self.gate(x))
         return query, {"kv": at_tokens(sequence, self.leave(x, sequence.position))} if self.writes else {}
 
     def leave(self, x: Tensor, position: Tensor) -> dict[str, Tensor]:
@@ -119,10 +144,11 @@ class GQA(Attention):
         """What is read of entries, each [B, T, K, d]."""
         return kv.parts["key"], kv.parts["value"]
 
-    def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
+    def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Result:
         window = self.config.window
         readables = [(*self.keys_values(kv), Visibility.of(kv, sequence, window)) for kv in pieces["kv"]]
-        return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
+        out = read(self.core, query.heads, readables, self.scale)
+        return Result(self.output((out if query.gate is None else out * query.gate).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         projections = sum(linear.flops() for linear in self.children() if isinstance(linear, Linear))
@@ -135,4 +161,5 @@ class GQA(Attention):
 
     def rotated(self, x: Tensor, position: Tensor) -> Tensor:
         """x: [B, S, n, d]; position: [B, S]."""
-        return x if self.config.rope is None else self.config.rope.rotate(x, position)
+        c = self.config
+        return x if c.rope is None else rotate_first(c.rope, x, c.rotated_dim, position)
