@@ -225,6 +225,15 @@ def test_what_laguna_cannot_hold_is_not_exported(attentions: list[dict[str, Any]
             "rope_dim",
             id="an odd share of a head",
         ),
+        *(
+            pytest.param(
+                {"rope_parameters": {kind: {"partial_rotary_factor": share} for kind in (FULL, SLIDING)}},
+                "partial_rotary_factor",
+                id=f"a share that is {share}",
+            )
+            for share in ("half", None, 2.0)
+        ),
+        pytest.param({"gating": ["per-head"]}, "gating", id="a list of gates"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(change: dict[str, Any], named: str, saved: Callable[..., Path]) -> None:

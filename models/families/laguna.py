@@ -71,6 +71,9 @@ class Published:
         for kind in set(self.kinds()):
             if not isinstance(self.rotary(kind), Mapping):
                 raise ValueError(f"rope_parameters must hold a mapping for {kind}, which is a kind of layer here")
+            share = self.share(kind)
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ValueError(f"partial_rotary_factor of {kind} ({share!r}) must be a number between 0 and 1")
             if self.rotary(kind).get("truncate", self.truncate) != self.truncate:
                 raise ValueError(f"rope_parameters.truncate must stand beside {kind}, not in it, to be read")
 
@@ -86,6 +89,10 @@ class Published:
     def rotary(self, kind: str) -> Any:
         """The rotary parameters of one kind of layers, None where there are none."""
         return (ROPES if self.rope_parameters is None else self.rope_parameters).get(kind)
+
+    def share(self, kind: str) -> Any:
+        """Of a head, that is rotated."""
+        return self.rotary(kind).get("partial_rotary_factor", self.partial_rotary_factor)
 
     def heads(self, depth: int) -> int:
         by_layer = self.num_attention_heads_per_layer
@@ -128,8 +135,8 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _attention(p: Published, depth: int) -> dict[str, Any]:
     kind = p.kinds()[depth]
-    given = dict(p.rotary(kind))
-    rotated = int(p.head_dim * given.pop("partial_rotary_factor", p.partial_rotary_factor))
+    given = {key: value for key, value in p.rotary(kind).items() if key != "partial_rotary_factor"}
+    rotated = int(p.head_dim * p.share(kind))
     rotary, _ = rope.rope_from(given, ROPES[kind]["rope_theta"], p.max_position_embeddings, "half")
     if "yarn" in rotary:
         rotary["yarn"]["truncate"] = p.truncate
