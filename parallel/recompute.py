@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -36,9 +37,10 @@ UNITS: Mapping[str, tuple[type[nn.Module], ...]] = {
 
 def recompute(model: Model, what: Recompute) -> None:
     """Let `model` recompute. Before it is compiled or sharded. Raises Refused where it has nothing of that kind."""
+    # of the whole process, so it is set whatever was asked for
+    functorch.activation_memory_budget = what if isinstance(what, float) else 1.0
     if isinstance(what, float):
         # the compiler decides what to keep, within each block, but keeps the chosen indices
-        torch._functorch.config.activation_memory_budget = what
         units, otherwise = UNITS["full"], CheckpointPolicy.PREFER_SAVE
     else:
         units, otherwise = UNITS[what], CheckpointPolicy.PREFER_RECOMPUTE

@@ -105,6 +105,7 @@ def train(run: Run) -> str | None:
                 run.progress.owes_validation = bool(validating and stopping and run.step < total)
                 if validating and not run.progress.owes_validation:
                     validate(run, stretch)
+                    clock.mark("validate")
                 if stopping and run.ranks.first:  # what is left to read where the launcher does not wait for the save
                     cut = f"killed while saving step {run.step}: the same command resumes from the checkpoint before"
                     rundir.write_exit(run.directory, rundir.FAILED, cut)

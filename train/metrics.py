@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
-        self.file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        self.file.write(json.dumps({key: strict(value) for key, value in record.items()}) + "\n")
         if self.tracker is not None:
             self.tracker.log(record)
 
@@ -70,8 +71,10 @@ def drop_after(path: Path, first_step: int) -> None:
     aside.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """JSON has no NaN; a reader of strict JSON must not choke on the line that matters most."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

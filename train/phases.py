@@ -59,6 +59,11 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
         while step < min(stop, train.steps):
             batch_tokens, until = _held(train, planned, step, tokens)
             if batch_tokens % length:
+                if batch_tokens != planned:
+                    raise Refused(
+                        f"train.ramp makes a batch of {batch_tokens} tokens at step {step}, which is no multiple of "
+                        f"sequence_length ({length}); make its batch_tokens and increment multiples of it."
+                    )
                 raise Refused(
                     f"batch_tokens ({batch_tokens}) is not a multiple of sequence_length ({length}) from step {step} "
                     f"on; take {max(1, round(batch_tokens / length)) * length}."

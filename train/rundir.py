@@ -139,12 +139,23 @@ def settle(directory: Path, config: Config, environment: dict[str, Any], step: i
     earlier = directory / "environment.json"
     with contextlib.suppress(OSError, ValueError):
         _tell_differences(json.loads(earlier.read_text()), environment)
+    _tell_another_schedule(directory / "config.yaml", config, step)
     write_whole(directory / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     environment = {**environment, "archive": snapshot_code(directory)}
     write_whole(earlier, json.dumps(environment, indent=1))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with (directory / "starts.jsonl").open("a") as file:
         file.write(json.dumps({"time": now, "step": step, **environment}) + "\n")
+
+
+def _tell_another_schedule(file: Path, config: Config, step: int) -> None:
+    """A run may be made longer; but a schedule that ends with the run would then have gone another way."""
+    if not file.exists():
+        return
+    total, before = config.train.steps, _read_yaml(file)["train"]["steps"]
+    if any(config.schedule.rate(made, total) != config.schedule.rate(made, before) for made in range(step)):
+        sentence = "train.steps is %d, before %d: the learning rate goes on as the longer schedule has it from here on"
+        log.info(sentence, total, before)
 
 
 def write_exit(directory: Path, code: int, reason: str) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from models.model import Model
+from train.metrics import strict
 from train.optimizer.shards import local, local_gradient
 
 FILE = "statistics.jsonl"
@@ -107,7 +108,7 @@ class Watch:
 def write(directory: Path, line: Mapping[str, Any]) -> None:
     """Append a line to the run's statistics."""
     with (directory / FILE).open("a") as file:
-        file.write(json.dumps(_strict(line)) + "\n")
+        file.write(json.dumps(strict(line)) + "\n")
 
 
 def _square(x: Tensor) -> Tensor:
@@ -118,10 +119,3 @@ def _square(x: Tensor) -> Tensor:
 
 def _root(x: float) -> float:
     return math.sqrt(x) if x >= 0 else math.nan
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
