@@ -119,7 +119,7 @@ def test_what_a_phase_leaves_out_stays() -> None:
 )
 def test_a_ramp(ramp: Ramp, phases: list[Phase], batches: list[int] | None) -> None:
     if batches is None:
-        with pytest.raises(Refused, match="train.ramp makes a batch of 28 tokens at step 2"):
+        with pytest.raises(Refused, match=r"train\.ramp makes a batch of 28 tokens at step 2"):
             stretches(section(8, phases, ramp), 0.5)
         return
     table = stretches(section(8, phases, ramp), 0.5)
