@@ -6,8 +6,10 @@ The jobs themselves are submitted in tests/test_slurm.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from conf.schema import Refused, build
 from launch.slurm import environment
 from launch.slurm.cluster import Cluster, Submission, seconds
 from launch.slurm.scheduler import Queued
-from launch.slurm.script import Job, render
+from launch.slurm.script import TEMPLATE, Job, render
 from launch.slurm.status import status
 from tests import runs
 from tests.runs import TINY
@@ -155,6 +157,8 @@ ENDED = [
     pytest.param({"log": [SAVED]}, "stopped", "requeued, and then cancelled", id="a job cancelled while it waited"),
     pytest.param({"log": [SAVED, ""]}, "failed", "job 4 ended without a word .* of attempt 1;", id="a node that died"),
     pytest.param({"log": []}, "failed", "job 4 left no log: .* its node does not see", id="a job that left nothing"),
+    pytest.param({"log": [SAVED], "later": (0, "done")}, "done", "step 7 of 9", id="done without SLURM, after a job"),
+    pytest.param({"log": [], "later": (1, "it")}, "failed", "it; it has no", id="failed without SLURM, after a job"),
     pytest.param({"log": ["exit 2: refused: no."]}, "refused", "job 4, attempt 0: refused: no.", id="refused"),
 ]
 
@@ -176,9 +180,69 @@ def test_status_of_what_a_run_left(tmp_path: Path, left: dict[str, Any], word: s
         for attempt, end in enumerate(left["log"]):
             text = f"a line of attempt {attempt}\n" + (f"job 4, attempt {attempt}, {end}\n" if end else "")
             (tmp_path / "job" / f"4_attempt_{attempt}.log").write_text(text)
+    if "later" in left:
+        code, reason = left["later"]
+        (tmp_path / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+        os.utime(tmp_path / "exit.json", (time.time() + 5,) * 2)
     found = status(tmp_path, [])
     assert found.word == word
     assert re.search(what, found.what), found.what
+
+
+@pytest.mark.parametrize(
+    ("ends", "word"),
+    [
+        pytest.param([], "unknown", id="no log yet"),
+        pytest.param([SAVED], "unknown", id="requeued"),
+        pytest.param([SAVED, ""], "unknown", id="started"),
+        pytest.param([SAVED, "exit 1: it; given up"], "failed", id="given up"),
+    ],
+)
+def test_status_while_slurm_is_silent_buries_no_job_that_may_live(tmp_path: Path, ends: list[str], word: str) -> None:
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "submitted.jsonl").write_text('{"job": 4}\n')
+    for attempt, end in enumerate(ends):
+        (tmp_path / "job" / f"4_attempt_{attempt}.log").write_text(
+            f"job 4, attempt {attempt}, {end}\n" if end else "a\n"
+        )
+    assert status(tmp_path, None).word == word
+
+
+def test_status_finds_a_job_whose_run_was_named_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real" / "job").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    for submitted, asked in (("link", "real"), ("real", "link"), ("link", "link")):
+        queued = Queued(5, "PENDING", "Priority", "", tmp_path / submitted / "job/train.sbatch")
+        assert status(tmp_path / asked, [queued]).word == "waits"
+
+
+@pytest.mark.parametrize(
+    ("code", "full", "requeued"),
+    [
+        pytest.param(75, False, True, id="saved"),
+        pytest.param(0, True, False, id="done on a full disk"),
+        pytest.param(2, True, False, id="refused on a full disk"),
+        pytest.param(75, True, False, id="saved on a full disk"),
+        pytest.param(1, True, False, id="failed on a full disk"),
+    ],
+)
+def test_an_attempt_that_cannot_write_is_its_jobs_last(tmp_path: Path, code: int, full: bool, requeued: bool) -> None:
+    """The script itself, with stand-ins for srun and scontrol. A limit on the size of files stands for a full disk."""
+    for name, body in (("srun", f"[[ $* == *check_node* ]] || exit {code}"), ("scontrol", 'mkdir "$PWD/$1"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "7", "NNODES": "1", "NTASKS_PER_NODE": "1"}
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "n1"}
+    limit = "trap '' XFSZ; ulimit -f 0; " if full else ""
+    done = subprocess.run(
+        ["bash", "-c", f'{limit}exec bash "$@"', "bash", str(TEMPLATE), f"run.dir={tmp_path}/run"],
+        cwd=tmp_path,
+        env={**os.environ, **variables, **{f"SLURM_{name}": value for name, value in slurm.items()}},
+    )
+    assert done.returncode == code
+    assert (tmp_path / "show").exists()
+    assert (tmp_path / "requeue").exists() == requeued
+    assert ("; requeued" in (tmp_path / "run/job/7_attempt_0.log").read_text()) == requeued
 
 
 def test_a_resolved_configuration_runs_as_it_is(tmp_path: Path) -> None:

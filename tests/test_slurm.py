@@ -211,6 +211,7 @@ def test_a_job_that_is_requeued_during_a_save_and_then_cancelled_by_its_user(
     runs.train(place, [*BASE, "run.dir=b"], 4)  # the same command without SLURM takes it up
     assert started(run) == [0, first, second]
     assert_same_run(run, reference)
+    assert status(slurm, place, "b") == f"done step {STEPS} of {STEPS}"
 
 
 def unfinished(run: Path) -> list[str]:
@@ -458,9 +459,22 @@ def test_a_machine_without_slurm_and_a_second_job(slurm: SlurmCluster, place: Pa
         "--signal=USR1@120", "--signal=USR1@120\n#SBATCH --hold"
     )
     assert status(slurm, place, "f").startswith(f"waits job {job}: its user holds it")
-    code, printed = launch(slurm, place, "submit", *arguments)
+    (place / "link").symlink_to(place)
+    assert status(slurm, place, "link/f").startswith(f"waits job {job}: its user holds it")
+    for again in (arguments, [*arguments, "run.dir=link/f"]):
+        code, printed = launch(slurm, place, "submit", *again)
+        assert code == 2
+        assert f"has job {job} already (pending); wait for it, or end it first with scancel {job}." in printed
+    (place / "silent").mkdir()
+    (place / "silent" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (place / "silent" / "squeue").chmod(0o755)
+    silent = f"{place / 'silent'}:{os.environ['PATH']}"
+    code, printed = launch(slurm, place, "submit", *arguments, path=silent)
     assert code == 2
-    assert f"has job {job} already (pending); wait for it, or end it first with scancel {job}." in printed
+    assert f"refused: squeue does not say whether {place / 'f'} has a job already" in printed
+    code, printed = launch(slurm, place, "status", "f", path=silent)
+    assert code == 0
+    assert re.match(rf"f +unknown +only SLURM knows whether job {job} waits or runs", printed)
     slurm.run("scancel", str(job))
     slurm.wait(lambda: slurm.ended(job), "the job to end")
     assert status(slurm, place, "f").startswith(f"failed job {job} left no log: it was cancelled before it started")

@@ -41,6 +41,10 @@ class Job:
     def environment(self) -> Path:
         return self.folder / "environment.json"
 
+    def submitted_as(self, script: Path) -> bool:
+        """Whether `script`, as SLURM names what was submitted, is this job's, through whatever links."""
+        return script.resolve() == self.script.resolve()
+
 
 def render(job: Job, submission: Submission, python: list[str]) -> str:
     """The script. python: the command that starts the interpreter on the nodes."""

@@ -18,13 +18,15 @@ from launch.slurm.scheduler import Queued
 from launch.slurm.script import Job
 
 END = re.compile(r"job (?P<job>\d+), attempt (?P<attempt>\d+), exit (?P<code>\d+): (?P<why>.*)")
+REQUEUED = "; requeued"  # how what an attempt says ends, if its job goes on
 WORDS = {0: "done", 2: "refused", 75: "stopped"}
 TAIL = 65536  # bytes at the end of a file in which its last lines are looked for
 
 
 @dataclass(frozen=True)
 class Status:
-    """Of one run. word: runs, waits, done, stopped, failed or refused. what: the rest of the line."""
+    """Of one run. word: runs, waits, done, stopped, failed, refused, or unknown where only SLURM could tell. what: the
+    rest of the line."""
 
     run: Path
     word: str
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     queue = scheduler.jobs()
-    found = [status(run, queue or []) for run in _runs(options.dirs, queue or [])]
+    found = [status(run, queue) for run in _runs(options.dirs, queue or [])]
     width = max((len(str(one.run)) for one in found), default=0)
     for one in found:
         print(f"{one.run!s:{width}}  {one.word:8}{one.what}")
@@ -74,18 +76,36 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() or (folder / "job" / "config.yaml").is_file()
 
 
-def status(run: Path, queue: list[Queued]) -> Status:
-    """By the queue where the run is in it, else by what its last attempt left."""
+def status(run: Path, queue: list[Queued] | None) -> Status:
+    """By the queue where the run is in it, else by what its last attempt left. queue: None where SLURM is silent."""
     job = Job(run.resolve(), run)
-    for queued in queue:
-        if queued.script == job.script:
+    for queued in queue or []:
+        if job.submitted_as(queued.script):
             return _queued(run, queued)
     if is_locked(run / ".lock"):
         return Status(run, "runs", _progress(run))
     submitted = _last(job.folder / "submitted.jsonl")
-    if submitted is not None:
-        return _ended(run, submitted["job"])
-    return _ended_by_itself(run)
+    if submitted is None or _continued(run, submitted["job"]):
+        return _ended_by_itself(run)
+    if queue is None and _may_live(run, submitted["job"]):
+        what = f"only SLURM knows whether job {submitted['job']} waits or runs; {_progress(run)}"
+        return Status(run, "unknown", what)
+    return _ended(run, submitted["job"])
+
+
+def _continued(run: Path, number: int) -> bool:
+    """Whether the run was taken up without SLURM after the job: a job says why it ended once its ranks have."""
+    told = _newest_log(run, number) or run / "job" / "submitted.jsonl"
+    try:
+        return (run / "exit.json").stat().st_mtime_ns > told.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
+def _may_live(run: Path, number: int) -> bool:
+    """Whether the job may be in the queue, by what it left."""
+    said = _verdict(_newest_log(run, number))
+    return said is None or said["why"].endswith(REQUEUED)
 
 
 def _queued(run: Path, queued: Queued) -> Status:
@@ -105,23 +125,22 @@ def _ended(run: Path, number: int) -> Status:
             f"job {number} left no log: it was cancelled before it started, or its node does not see {run.resolve()}"
         )
         return Status(run, "failed", f"{reason}; {_resumes(run)}")
-    lines = _tail(log)
-    found = next((match for line in reversed(lines) if (match := END.fullmatch(line))), None)
+    found = _verdict(log)
     if found is None:
-        said = _tail(run / "job" / f"{number}.log") or lines
+        said = _tail(run / "job" / f"{number}.log") or _tail(log)
         why = (
             f"job {number} ended without a word (its node failed, or it was killed); its last line: {_last_line(said)}"
         )
         return Status(run, "failed", f"{why}; {_resumes(run)}")
     word, why = WORDS.get(int(found["code"]), "failed"), found["why"]
-    if why.endswith("; requeued"):
+    if why.endswith(REQUEUED):
         word, why = "stopped", f"{why}, and then cancelled"
     what = f"job {number}, attempt {found['attempt']}: {why}"
     return Status(run, word, _progress(run) if word == "done" else f"{what}; {_resumes(run)}")
 
 
 def _ended_by_itself(run: Path) -> Status:
-    """A run that was not submitted."""
+    """A run that was not submitted, or went on without SLURM."""
     try:
         ended = json.loads((run / "exit.json").read_text())
         code, reason = int(ended["code"]), str(ended["reason"])
@@ -157,6 +176,12 @@ def _steps(run: Path) -> str:
 def _newest_log(run: Path, number: int) -> Path | None:
     """Of the last attempt of a job."""
     return max((run / "job").glob(f"{number}_attempt_*.log"), key=_number, default=None)
+
+
+def _verdict(log: Path | None) -> re.Match[str] | None:
+    """What an attempt said of its end."""
+    lines = _tail(log) if log is not None else []
+    return next((match for line in reversed(lines) if (match := END.fullmatch(line))), None)
 
 
 def _number(log: Path | None) -> int:

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     submission = build(Submission, {key: values.pop(key) for key in ("cluster", "nodes")}, "")
     config = _check(values, submission.world_size)
     place = Path.cwd()
-    job = Job(place / values["run"]["dir"], place)
+    job = Job((place / values["run"]["dir"]).resolve(), place)
     python = shlex.split(submission.cluster.python or sys.executable)
     packages = _environment(python)
     script = render(job, submission, python)
@@ -84,8 +84,11 @@ def _environment(python: list[str]) -> str:
 
 
 def _refuse_a_second(job: Job) -> None:
-    for queued in scheduler.jobs() or []:
-        if queued.script == job.script:
+    queue = scheduler.jobs()
+    if queue is None:
+        raise Refused(f"squeue does not say whether {job.run} has a job already; try again once it answers.")
+    for queued in queue:
+        if job.submitted_as(queued.script):
             raise Refused(
                 f"{job.run} has job {queued.number} already ({queued.state.lower()}); "
                 f"wait for it, or end it first with scancel {queued.number}."
