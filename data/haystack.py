@@ -24,9 +24,10 @@ Settings = int | Mapping[str, Any]
 
 
 class Haystack:
-    """Noise of so many ids, or the windows of another source, `{source: corpus, path: …}`. Its ids are below `vocab`.
+    """Noise of so many ids, or the windows of a source of text, `{source: corpus, path: …}`. Its ids are below `vocab`.
 
-    The task's own ids come after them, so that no hay is ever taken for a statement.
+    The task's own ids come after them, so that no hay is ever taken for a statement. Making one raises Refused where
+    the source holds no text.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -35,6 +36,11 @@ class Haystack:
             self.vocab, self.fingerprint, self.tokenizer = settings, f"noise of {settings}", None
         else:
             self._source = source = source_config(settings, "haystack").open()
+            if source.bytes_per_token is None:
+                raise Refused(
+                    f"the haystack is {settings['source']}, which holds no text; give a corpus, or how many ids of "
+                    "noise."
+                )
             self.vocab, self.fingerprint, self.tokenizer = source.vocab, source.fingerprint, source.tokenizer
 
     def draw(self, count: int, index: int, seed: int, *key: object) -> Tokens:

@@ -270,3 +270,10 @@ def test_a_window_without_room_is_refused_at_once(values: dict[str, Any], senten
     (source,) = DataConfig(values).open_train().sources.values()
     with pytest.raises(Refused, match=sentence):
         Loader(source, sequence_length=10)
+
+
+@pytest.mark.parametrize("task", ["needle", "tracking"])
+@pytest.mark.parametrize("hay", ["needle", "tracking", "recall"])
+def test_a_haystack_without_text_is_refused(task: str, hay: str) -> None:
+    with pytest.raises(Refused, match=f"the haystack is {hay}, which holds no text"):
+        DataConfig({"source": task, "haystack": {"source": hay}}).open_train()
