@@ -133,10 +133,12 @@ def _head(files: dict[Split, _Documents], number: int, decode: Callable[[list[in
 
 
 def _windows(request: Inspect, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+    if request.windows == 0:
+        return []
     source = Config(request.path, request.split).open()
     windows = []
     in_epoch = max(source.num_tokens // request.sequence_length, request.windows)
-    for index in range(0, in_epoch, in_epoch // max(request.windows, 1))[: request.windows]:
+    for index in range(0, in_epoch, in_epoch // request.windows)[: request.windows]:
         window = source.window(index, request.sequence_length, 0, request.seed)
         pieces = [
             {"begin": begin, "tokens": end - begin, "text": decode(window.tokens[begin:end].tolist())}

@@ -84,6 +84,12 @@ def test_a_corpus_without_its_tokenizer_shows_ids(tmp_path: Path) -> None:
     assert found["splits"]["valid"] == {"documents": 0, "tokens": 0, "bytes": 0}
 
 
+@pytest.mark.parametrize("windows", [0, 1, 5])
+def test_as_many_windows_as_asked_for_of_a_split_shorter_than_one(windows: int, corpus: Path) -> None:
+    found = json.loads(inspect(Inspect(str(corpus), json=True, windows=windows, sequence_length=1 << 20)))
+    assert len(found["windows"]) == windows
+
+
 def test_a_damaged_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds no prepared corpus"):
         inspect(Inspect(str(tmp_path)))
