@@ -1,7 +1,7 @@
 """A stretch of a source to its parts, made by one worker process: read, tokenize, write aside, rename.
 
-A part is closed once it holds so much text, so that memory does not grow with the source; the last one of a stretch
-says that it is. A worker that starts anew goes on behind the parts that are there.
+A part is closed once it holds so much text, or so many documents, that memory does not grow with the source; the last
+one of a stretch says that it is. A worker that starts anew goes on behind the parts that are there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer, open_tokenizer
 SPLITS = ("train", "valid")
 FORMAT = 2  # of a part's file; another one makes parts anew
 BATCH = 256 << 10  # characters handed to the tokenizer at once: it takes hundreds of bytes a token
+DOCUMENT = 256  # bytes that a document takes beside its text: arrays and list entries
 CUT = "cut"  # the counter of documents that became several
 
 
@@ -143,7 +144,7 @@ class _Maker:
 
     def add(self, split: str, text: str) -> None:
         self._waiting[split].append(text)
-        self._in_wait += len(text)
+        self._in_wait += len(text) + DOCUMENT
         if self._in_wait >= BATCH:
             self._encode()
 
@@ -167,7 +168,7 @@ class _Maker:
                 self._lengths[split].append(len(ids) + 1)
             read = sum(len(text.encode()) for text in texts)
             self._bytes[split] += read
-            self.filled += read
+            self.filled += read + DOCUMENT * len(texts)
             workers.progress(read)
             texts.clear()
         self._in_wait = 0
