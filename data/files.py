@@ -18,7 +18,8 @@ from data.text import Piece, read_records
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-UNREAD = (".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".arrow")
+PACKED = {".gz", ".bgz", ".tgz", ".zst", ".bz2", ".xz", ".lzma", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar"}
+TABLES = {".arrow", ".feather", ".orc"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Pieces:
 def open_files(source: str, files: list[File], text_key: str, max_document: int) -> Texts:
     """The text and JSONL files of `source`. Raises Refused where a file holds documents in a form that is no text."""
     for file in files:
-        if file.name.endswith(UNREAD):
+        if Path(file.name).suffix.lower() in PACKED | TABLES and not file.is_compressed:
             raise Refused(f"{file.path} holds no plain text; decompress it, or open it with source=datasets:NAME.")
     stretches = cut(files, max_document)
     return Texts(
@@ -124,7 +125,9 @@ def cut(files: list[File], max_document: int) -> list[list[Piece]]:
                 stretches.append([])
                 filled = 0
             end = min(begin + step, file.size)
-            stretches[-1].append(Piece(file.name, file.path, file.size, begin, end, file.is_lines, file.is_compressed))
+            stretches[-1].append(
+                Piece(file.name, file.path, file.size, file.modified, begin, end, file.is_lines, file.is_compressed)
+            )
             filled += end - begin
     return stretches
 

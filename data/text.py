@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -35,12 +36,14 @@ LINE = 8  # a JSON line may be this many times as long as a document: escapes ma
 class Piece:
     """Bytes [begin, end) of a file of `size` bytes: of a text file, or the lines of JSONL that begin there.
 
+    modified: nanoseconds, when the file was listed.
     A compressed file is always one piece, since it can only be read from its beginning.
     """
 
     name: str
     path: str
     size: int
+    modified: int
     begin: int
     end: int
     is_lines: bool
@@ -53,18 +56,26 @@ def read_records(piece: Piece, text_key: str, max_document: int) -> Iterator[Rec
     A byte-order mark at the start of a file is no text. Blank lines of JSONL are no documents.
     """
     with open(piece.path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) != piece.size:
-            raise OSError(f"{piece.path} changed while it was read: {size} bytes where it had {piece.size}")
+        _check_unchanged(piece, file)
         if not piece.is_lines:
             yield _whole(piece, file, max_document) if piece.size <= max_document else _part(piece, file, max_document)
         elif piece.is_compressed:
             try:
                 with gzip.GzipFile(fileobj=file) as unpacked:
                     yield from _lines(piece, cast(BinaryIO, unpacked), None, text_key, max_document)
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise OSError(f"{piece.path} is a damaged gzip file ({error})") from None
         else:
             yield from _lines(piece, file, piece.end, text_key, max_document)
+        _check_unchanged(piece, file)
+
+
+def _check_unchanged(piece: Piece, file: BinaryIO) -> None:
+    found = os.fstat(file.fileno())
+    if found.st_size != piece.size:
+        raise OSError(f"{piece.path} changed while it was read: {found.st_size} bytes where it had {piece.size}")
+    if found.st_mtime_ns != piece.modified:
+        raise OSError(f"{piece.path} changed while it was read: it was written to after it was listed")
 
 
 def _whole(piece: Piece, file: BinaryIO, max_document: int) -> Record:

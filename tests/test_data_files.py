@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import Refused
-from data.files import STDLIB, File, cut, list_files
+from data.files import STDLIB, File, cut, list_files, open_files
 from data.prepare import Prepare, prepare
 from data.records import Record, hash64
 from data.split import HeldOut
@@ -129,3 +129,11 @@ def test_a_file_of_somebody_else_is_refused_by_name(tmp_path: Path) -> None:
             list_files(str(source))
     finally:
         os.seteuid(me)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.gz", "a.txt.gz", "a.jsonl.zst", "a.json.bz2", "A.JSONL.GZ", "a.zip", "a.tar.xz", "a.arrow"]
+)
+def test_what_holds_no_plain_text_is_refused_by_name(name: str) -> None:
+    with pytest.raises(Refused, match=rf"{name} holds no plain text"):
+        open_files("texts", [File("a.jsonl.gz", "a.jsonl.gz", 9, 0), File(name, name, 9, 0)], "text", 64)

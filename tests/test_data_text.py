@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -19,11 +20,10 @@ LIMIT = 64  # bytes: max_document here
 
 def read_file(path: Path, borders: list[int], limit: int = LIMIT) -> list[Record]:
     """The records of a file cut at `borders`."""
-    size = path.stat().st_size
+    facts = path.stat()
+    file = ("a", str(path), facts.st_size, facts.st_mtime_ns)
     is_lines = ".jsonl" in path.name
-    pieces = [
-        Piece("a", str(path), size, begin, end, is_lines, path.suffix == ".gz") for begin, end in pairwise(borders)
-    ]
+    pieces = [Piece(*file, begin, end, is_lines, path.suffix == ".gz") for begin, end in pairwise(borders)]
     return [record for piece in pieces for record in read_records(piece, "text", limit)]
 
 
@@ -119,15 +119,42 @@ def test_each_rule(name: str, content: bytes, expected: list[str], tmp_path: Pat
     assert [r.text or r.skipped for r in found if r.text or r.skipped] == expected
 
 
-def test_a_file_that_changed_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [pytest.param("longer than it was", id="another-size"), pytest.param("new", id="the-same-size")]
+)
+def test_a_file_that_changed_is_not_read(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("longer than it was")
-    with pytest.raises(OSError, match="changed while it was read"):
-        list(read_records(Piece("a", str(path), 3, 0, 3, False), "text", LIMIT))
+    path.write_text(content)
+    listed = path.stat().st_mtime_ns - 1
+    with pytest.raises(OSError, match=r"a\.txt changed while it was read"):
+        list(read_records(Piece("a", str(path), 3, listed, 0, 3, False), "text", LIMIT))
 
 
-def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_noticed_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 2)
+    facts = path.stat()
+    piece = Piece("a", str(path), facts.st_size, facts.st_mtime_ns, 0, facts.st_size, True)
+    reading = read_records(piece, "text", LIMIT)
+    next(reading)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    with pytest.raises(OSError, match=r"a\.jsonl changed while it was read"):
+        list(reading)
+
+
+PACKED = gzip.compress(b'{"text": "a"}\n' * 1000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(PACKED[:-20], id="cut-short"),
+        pytest.param(PACKED[:-8] + bytes(8), id="another-checksum"),
+        pytest.param(PACKED[:10] + b"\xff" * 40 + PACKED[50:], id="damaged-stream"),
+    ],
+)
+def test_a_damaged_gzip_file_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    path.write_bytes(content)
     with pytest.raises(OSError, match=r"a\.jsonl\.gz is a damaged gzip file"):
         read_file(path, [0, path.stat().st_size])
