@@ -190,6 +190,21 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
         time.sleep(0.01)
 
 
+def test_asked_to_stop_in_the_middle_of_a_validation(tmp_path: Path) -> None:
+    """Which may last longer than a launcher waits: it is broken off, and owed."""
+    run = tmp_path / "run"
+    sizes = ["train.sequence_length=64", "train.batch_tokens=512", "train.micro_batch=8", "train.steps=4"]
+    arguments = ["experiment=recall", *sizes, "evaluate.every=2", "run.dir=run", "run.threads=1", "run.device=cpu"]
+    job = runs.start(tmp_path, [*arguments, "evaluate.samples=1000000"], 2)
+    assert runs.wait_until(lambda: steps_made(run) == 2, job, 120)
+    job.signal(signal.SIGTERM, rank=1)
+    assert job.end(60) == 75
+    assert runs.saved(run) == ["step_00000002"]
+    assert not runs.records(run, "val_loss")
+    runs.train(tmp_path, [*arguments, "evaluate.samples=16"], 2)
+    assert [record["step"] for record in runs.records(run, "val_loss")] == [2, 4]
+
+
 def test_the_command_itself_resumes(reference: Reference) -> None:
     expected = reference(1, "adamw")
     folder, run, output = expected.parent, expected.parent / "command", expected.parent / "command.txt"

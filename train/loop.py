@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.batch import Batch
 from data.config import Probe, Probes, headline
 from data.course import Course
 from data.loader import Loader
@@ -72,7 +74,8 @@ def train(run: Run) -> str | None:
         run.engine.set_mode(stretch.attention)
         run.flops_per_token.clear()
         if run.progress.owes_validation and run.step <= stretch.stop:
-            validate(run, stretch)
+            if not validate(run, stretch):
+                return run.stop.obey()  # there is nothing new to save: the checkpoint owes it still
             run.progress.owes_validation = False
         if run.step >= stretch.stop:
             continue
@@ -104,7 +107,8 @@ def train(run: Run) -> str | None:
                 # before the save: once a step is saved, its lines are written. Who asks to stop may not wait for long
                 run.progress.owes_validation = bool(validating and stopping and run.step < total)
                 if validating and not run.progress.owes_validation:
-                    validate(run, stretch)
+                    if not validate(run, stretch):
+                        run.progress.owes_validation = stopping = saving = True
                     clock.mark("validate")
                 if stopping and run.ranks.first:  # what is left to read where the launcher does not wait for the save
                     cut = f"killed while saving step {run.step}: the same command resumes from the checkpoint before"
@@ -113,7 +117,7 @@ def train(run: Run) -> str | None:
                     save(run, clock, wait=stopping or run.step == total)
                 if stopping:
                     reason = run.stop.obey()
-                    if run.step < total:
+                    if run.step < total or run.progress.owes_validation:
                         log.info("asked to stop by %s: saved step %d; the same command resumes", reason, run.step)
                         return reason
     return None
@@ -200,15 +204,23 @@ def save(run: Run, clock: meter.Clock, *, wait: bool) -> None:
         run.metrics.write({"step": run.step, "seconds_save": clock.seconds()["save"]})
 
 
-def validate(run: Run, stretch: Stretch) -> None:
-    """Held-out loss on the same windows each time, of every source.
+class _Asked(Exception):
+    """To stop, in the middle of a validation, whose numbers are dropped: a launcher may not wait for its end."""
+
+
+def validate(run: Run, stretch: Stretch) -> bool:
+    """Held-out loss on the same windows each time, of every source. Returns False, and writes nothing, where the run
+    was asked to stop meanwhile.
 
     `val_loss`, `val_accuracy`, `val_bpb` and `val_position` are of the first source named that holds text, or of the
     first where none does; `val_sources` has them all.
     """
     if not run.probes:
-        return
-    measured = {name: _measure(run, stretch, probe) for name, probe in run.probes.items()}
+        return True
+    try:
+        measured = {name: _measure(run, stretch, probe) for name, probe in run.probes.items()}
+    except _Asked:
+        return False
     first, position = measured[headline(run.probes)]
     record: dict[str, Any] = {"step": run.step}
     record |= {f"val_{key}": first[key] for key in ("loss", "accuracy", "bpb") if key in first}
@@ -219,6 +231,15 @@ def validate(run: Run, stretch: Stretch) -> None:
         of = f" {name}" if len(measured) > 1 else ""
         numbers = "  ".join(f"{key} {line[key]:.4f}" for key in ("loss", "accuracy", "bpb") if key in line)
         log.info("step %d  validation%s  %s", run.step, of, numbers)
+    return True
+
+
+def _unless_asked(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, as long as no rank was asked to stop. Raises _Asked, on every rank at the same batch."""
+    for batch in batches:
+        if run.ranks.total(run.stop.asked())[0]:
+            raise _Asked
+        yield batch
 
 
 def _measure(run: Run, stretch: Stretch, probe: Probe) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,7 +255,8 @@ def _measure(run: Run, stretch: Stretch, probe: Probe) -> tuple[dict[str, Any], 
     )
     # as many tokens in a forward as in training, so that a longer window needs no more memory
     rows = max(1, run.config.train.micro_batch * stretch.sequence_length // length) * run.ranks.world_size
-    result = run.engine.evaluate(loader.fixed(run.config.evaluate.samples, rows))
+    batches = _unless_asked(run, loader.fixed(run.config.evaluate.samples, rows))
+    result = run.engine.evaluate(batches)
     line: dict[str, Any] = {"loss": result.loss, "accuracy": result.accuracy, "tokens": result.tokens}
     if probe.source.bytes_per_token is not None:
         line["bpb"] = result.loss / math.log(2) / probe.source.bytes_per_token
