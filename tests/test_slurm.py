@@ -167,6 +167,8 @@ def test_a_signalled_job_saves_requeues_and_finishes_as_if_nothing_had_happened(
     assert f"step_{saved:08d}" in runs.saved(run)
     assert json.loads((run / "exit.json").read_text())["code"] == 75
     assert re.fullmatch(r"exit 75: saved, as it was asked to; requeued", verdict(run, job, 0))
+    # SLURM gives no reason until its scheduler has looked at the job
+    slurm.wait(lambda: "not said why" not in status(slurm, place, "runs/a"), "SLURM to say why the job waits")
     said = status(slurm, place, "runs/a")
     assert re.fullmatch(rf"waits job {job}: it was requeued, .* two minutes .*; step {saved} of {STEPS}", said)
 
