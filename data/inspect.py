@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import Config
-from data.manifest import Manifest
+from data.manifest import SPLITS, Manifest, SplitName
 from data.megatron import indexed_dataset
 from data.tokenizer import FILE_NAME, Bytes, HuggingFace
 
-Split = Literal["train", "valid"]
-SPLITS: tuple[Split, ...] = ("train", "valid")
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 HEAD = 80  # characters of a repeated document that are shown
 FIRST, LAST = 5, 3  # lines of a document's piece that people see
@@ -31,7 +29,7 @@ class Inspect:
 
     path: str = field(metadata={"help": "folder that `python -m data prepare` wrote"})
     windows: int = field(default=2, metadata={"help": "how many windows to show, evenly spaced through an epoch"})
-    split: Split = field(default="train", metadata={"help": "of the windows: 'train' or 'valid'"})
+    split: SplitName = field(default="train", metadata={"help": "of the windows: 'train' or 'valid'"})
     sequence_length: int = field(default=2048, metadata={"help": "tokens a window"})
     seed: int = field(default=0, metadata={"help": "draws the order of the windows, as data.seed does"})
     worst: int = field(default=5, metadata={"help": "how many of the most repeated documents to show"})
@@ -46,7 +44,7 @@ def inspect(request: Inspect) -> str:
     """Raises Refused where the corpus cannot be read whole."""
     folder = Path(request.path)
     manifest = Manifest.read(folder)
-    present: list[Split] = [split for split in SPLITS if manifest.splits[split].tokens]
+    present: list[SplitName] = [split for split in SPLITS if manifest.splits[split].tokens]
     for split in present:
         Config(request.path, split).open()  # refuses what is damaged
     decode = _decoder(folder, manifest)
@@ -90,7 +88,7 @@ def _decoder(folder: Path, manifest: Manifest) -> Callable[[list[int]], str]:
     return lambda ids: " ".join(map(str, ids))
 
 
-def _counts(manifest: Manifest, split: Split, documents: _Documents | None) -> dict[str, Any]:
+def _counts(manifest: Manifest, split: SplitName, documents: _Documents | None) -> dict[str, Any]:
     facts = manifest.splits[split]
     counts: dict[str, Any] = {"documents": facts.documents, "tokens": facts.tokens, "bytes": facts.bytes}
     if documents is not None:
@@ -102,7 +100,7 @@ def _counts(manifest: Manifest, split: Split, documents: _Documents | None) -> d
     return counts
 
 
-def _copies(files: dict[Split, _Documents], worst: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _copies(files: dict[SplitName, _Documents], worst: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """copies, tokens: of documents that repeat an earlier one; shared: held-out documents that are trained on too."""
     hashes = {split: documents.hashes() for split, documents in files.items()}
     lengths = np.concatenate([documents.lengths for documents in files.values()] or [np.empty(0, np.int64)])
@@ -123,7 +121,7 @@ def _copies(files: dict[Split, _Documents], worst: int, decode: Callable[[list[i
     }
 
 
-def _head(files: dict[Split, _Documents], number: int, decode: Callable[[list[int]], str]) -> str:
+def _head(files: dict[SplitName, _Documents], number: int, decode: Callable[[list[int]], str]) -> str:
     """How document `number`, counted through both splits, begins."""
     for documents in files.values():
         if number < len(documents.lengths):

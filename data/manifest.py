@@ -7,11 +7,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from conf.schema import Refused, build
 
 NAME = "manifest.json"
+
+SplitName = Literal["train", "valid"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from conf.schema import Refused
 from data.corpus import Config
-from data.manifest import Manifest, sha256
-
-SPLITS: tuple[Literal["train", "valid"], ...] = ("train", "valid")
+from data.manifest import SPLITS, Manifest, sha256
 
 
 @dataclass(frozen=True)
