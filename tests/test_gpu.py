@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from conf import schema
+from conf.compose import compose
+from launch.speed import random_batch
 from models.config import ModelConfig
 from models.contract import Slot, Visibility, at_tokens
 from models.cores import fused, plain
@@ -21,6 +24,10 @@ from models.decode import score
 from models.model import Losses, Model
 from models.moe import experts
 from models.sequence import Whole
+from train.config import RunSection, read
+from train.engines.torch import Engine, Step
+from train.meter import Clock
+from train.ranks import Ranks, join, leave
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -76,6 +83,16 @@ def test_the_fused_core_equals_the_plain_one(case: Case) -> None:
         results.append([out, *(leaf.grad for leaf in leaves)])
     errors = [error(got, wanted) for got, wanted in zip(*results, strict=True)]
     assert max(errors) < BF16, errors
+
+
+def test_many_kinds_of_layers_stay_compiled() -> None:
+    sequence = rows([[70, 58]])
+    fused.prepare(sequence, [Slot("kv", (), reach=reach) for reach in range(20, 30)])
+    for kind, reach in enumerate(range(20, 30), 1):
+        q = torch.randn(1, 128, kind, 16 * (1 + kind % 3), device="cuda", dtype=torch.bfloat16)
+        visibility = Visibility.of(at_tokens(sequence, {}), sequence, reach)
+        got, wanted = (core(q, q, q, visibility, 0.25)[0] for core in (fused.core, plain.core))
+        assert error(got, wanted) < BF16
 
 
 @pytest.mark.parametrize(
@@ -144,6 +161,41 @@ def test_decode_through_the_cache_equals_the_whole(name: str) -> None:
     ids = torch.randint(512, (2, 100), device="cuda")
     whole = built(ids, Whole.rows(2, 100, "cuda"))
     assert error(score(built, ids, 7)[0], whole) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Ranks]:
+    """The only rank, on the GPU."""
+    yield join(RunSection("unused", device="cuda"))
+    leave()
+
+
+TINY = sorted(file.stem for file in (ROOT / "conf/model").glob("*_tiny.yaml"))
+COMPILED = [name for name in TINY if "v32" in name or "flash" in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"), [*((name, "false") for name in TINY), *((name, "true") for name in COMPILED)]
+)
+def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(name: str, compiled: str, alone: Ranks) -> None:
+    def steps(number: int, *settings: str) -> list[Step]:
+        """All after the first with every wait for the device an error."""
+        sizes = ["train.sequence_length=256", "train.batch_tokens=1024", "train.micro_batch=4"]
+        config = read(compose([f"model={name}", "run.dir=unused", *sizes, *settings]))
+        engine, clock = Engine(config, alone), Clock(alone.device)
+        torch.manual_seed(1)
+        batches = [random_batch(4, 256, config.model.vocab, documents=3) for _ in range(number)]
+        done = [engine.step(batches[0], 1e-3, clock)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return done + [engine.step(batch, 1e-3, clock) for batch in batches[1:]]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    fast = steps(3, "train.compute=bf16", "train.core=fused", f"train.compile={compiled}")
+    (plain_step,) = steps(1, "train.core=plain")
+    assert all(bool(step.loss.isfinite()) and 0 < float(step.grad_norm) < float("inf") for step in fast)
+    assert float(fast[0].loss) == pytest.approx(float(plain_step.loss), rel=BF16)
 
 
 def test_a_run_on_the_gpu_resumes_bitwise(tmp_path: Path) -> None:

@@ -23,14 +23,24 @@ from models.cores import blockwise
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """In this order. PyTorch's own materialised form is not among them: it would be quadratic in silence."""
 
+KINDS = 128
+"""Combinations of shapes and windows in one process, before compiling yet another is an error."""
+
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled even where the model around it is not: as written, FlexAttention and its masks hold all scores.
 
-    On first use, because torch.compile takes seconds to load.
+    On first use, because torch.compile takes seconds to load. A model of many kinds of layers compiles it more often
+    than PyTorch's limit of eight, beyond which it would run as written, in silence.
     """
-    return torch.compile(function)
+    compiled = torch.compile(function)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=KINDS, fail_on_recompile_limit_hit=True):
+            return compiled(*arguments, **options)
+
+    return call
 
 
 def core(
