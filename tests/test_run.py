@@ -160,6 +160,12 @@ def test_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_path: Path
     ]
 
 
+def test_a_validation_still_owed_is_written_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val_loss": 3}\n{"step": 2}\n{"step": 2, "val_loss": 1}\n')
+    Metrics(tmp_path, read(compose([*TINY, "run.dir=x"])), first_step=2, owes_validation=True).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "val_loss": 3}\n{"step": 2}\n'
+
+
 PHASE = "train.phases=[{start: 8, sequence_length: 16, learning_rate: 1e-3}]"
 
 

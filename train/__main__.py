@@ -38,12 +38,12 @@ def main(arguments: list[str]) -> int:
             print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
             return 0
         return _run(config)
-    except Refused as refusal:
-        if _speaks():
+    except Refused as refusal:  # before the ranks met: what one node lacks the others may have
+        if _rank_on_node() == "0":
             print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        if _speaks():
+        if _rank_on_node() == "0":
             print("interrupted at the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
         return KEYBOARD
 
@@ -71,7 +71,13 @@ def _run(config: run_config.Config) -> int:
     from train.run import run
 
     try:
-        return run(config, join(config.run))
+        ranks = join(config.run)
+        try:
+            return run(config, ranks)
+        except Refused as refusal:  # on all ranks together, and one of them says so
+            if ranks.first:
+                print(f"refused: {refusal}", file=sys.stderr)
+            return REFUSED
     except Refused:
         raise
     except Exception as error:
@@ -81,9 +87,8 @@ def _run(config: run_config.Config) -> int:
         leave()
 
 
-def _speaks() -> bool:
-    """All ranks refuse together, and one of them says so."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+def _rank_on_node() -> str:
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
 
 
 if __name__ == "__main__":

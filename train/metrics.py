@@ -18,12 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Rank 0's record of the run. Lines of steps after `first_step` (made before a crash, not saved) are dropped."""
+    """Rank 0's record of the run. Lines of steps after `first_step` (made before a crash, not saved) are dropped, and
+    so is that step's validation where the checkpoint owes it: it will be made again."""
 
-    def __init__(self, directory: Path, config: Config, first_step: int) -> None:
+    def __init__(self, directory: Path, config: Config, first_step: int, *, owes_validation: bool = False) -> None:
         self.path = directory / "metrics.jsonl"
         self.total, self.every = config.train.steps, config.log.every
-        drop_after(self.path, first_step)
+        drop_after(self.path, first_step, "val_loss" if owes_validation else None)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by `close`
         self.tracker = Tracker(directory, config) if config.run.wandb != "off" else None
 
@@ -55,14 +56,15 @@ class Metrics:
             self.tracker.close()
 
 
-def drop_after(path: Path, first_step: int) -> None:
-    """Drop the lines of later steps, and broken ones, from a file of JSON lines."""
+def drop_after(path: Path, first_step: int, key: str | None = None) -> None:
+    """Drop from a file of JSON lines those of later steps, those of `first_step` that have `key`, and broken ones."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+            record = json.loads(line) if line.endswith("\n") else {}
+            if record["step"] < first_step or (record["step"] == first_step and key not in record):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a crash cut short

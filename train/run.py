@@ -44,6 +44,8 @@ class Sources(NamedTuple):
 def run(config: Config, ranks: Ranks) -> int:
     """Returns the exit code. Raises Refused where nothing was changed."""
     directory = Path(config.run.dir)
+    # before anything that takes long: a signal that nobody handles would count as a crash
+    stop = StopRequest(directory / "stop" if ranks.first else None)
     with ExitStack() as held:
         sources = ranks.together(lambda: check(config, ranks.world_size))
         if _stays_stopped(directory, ranks):
@@ -52,7 +54,7 @@ def run(config: Config, ranks: Ranks) -> int:
         try:
             ranks.on_first(lambda: rundir.refuse_changes(directory, config))
             rundir.start_log(directory, ranks)
-            prepared = _prepare(config, ranks, sources, held)
+            prepared = _prepare(config, ranks, sources, stop, held)
             try:
                 asked = train(prepared)
             except Diverged:  # on every rank alike; the checkpoint still being written is of a step before it
@@ -127,11 +129,10 @@ def check(config: Config, world_size: int) -> Sources:
     return Sources(Course(mixture, [stretch.leg() for stretch in table], config.data.seed), probes)
 
 
-def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) -> Run:
+def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, held: ExitStack) -> Run:
     """From checked input to a run that stands at its step; what is refused here is so before the first write."""
     directory = Path(config.run.dir)
     environment = rundir.describe_environment(config, ranks)
-    stop = StopRequest(directory / "stop" if ranks.first else None)
     if config.run.deterministic:  # only then: the call imports a compiler
         torch.use_deterministic_algorithms(True)
     engine = Engine(config, ranks)
@@ -148,7 +149,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, held: ExitStack) ->
     if ranks.first:
         rundir.settle(directory, config, environment, progress.step)
         drop_after(directory / statistics.FILE, progress.step)
-        metrics = Metrics(directory, config, progress.step)
+        metrics = Metrics(directory, config, progress.step, owes_validation=progress.owes_validation)
         held.callback(metrics.close)
         _introduce(config, engine, ranks, progress.step)
     profiler = Profiler(config.train.profile, directory, ranks)
