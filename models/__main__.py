@@ -30,6 +30,10 @@ def parser() -> Parser:
         return added
 
     models = "a name of conf/model, or a directory with a model or a run; its open sections follow, attention=mla"
+    stored = (
+        "of cache entries: fp32, bf16, fp8, fp4, declared, or packed as the schemes' authors do; then of the slots and "
+        "parts that `describe` names, packed,index=fp8,latent.rope=bf16 [%(default)s]"
+    )
     held = "our directory, a Transformers directory, a run, or a checkpoint of a run"
 
     command("list", "overview", "the families, schemes and models that there are")
@@ -42,9 +46,14 @@ def parser() -> Parser:
     p.add_argument("model", nargs="+", metavar="NAME", help=models)
     p.add_argument("--baseline", metavar="NAME", help="give percents of this model; quote it where it has choices")
     p.add_argument("--context", default="4096,131072", metavar="N,N", help="tokens of context [%(default)s]")
-    p.add_argument("--packed", action="store_true", help="cache bytes as the kernels of the schemes' authors pack them")
+    p.add_argument("--store", default="declared", metavar="FORMATS", help=stored)
     p.add_argument("--gpu", metavar="GPU", help="what fits beside the weights on one, h100, or several, 8xh200")
-    p.add_argument("--weights", metavar="FORMAT", help="bf16, fp8 or fp4 weights on the GPU [bf16]")
+    p.add_argument(
+        "--weights",
+        default="bf16",
+        metavar="FORMAT",
+        help="of the weights, for --gpu and for operations in bf16's: fp32, bf16, fp8 or fp4 [%(default)s]",
+    )
     p.add_argument("--json", action="store_true", help="one object, by name")
 
     p = command("import", "transfer", "a Transformers checkpoint to our format")

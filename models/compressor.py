@@ -66,8 +66,9 @@ class Compressor(Module):
         self.blocks, self.rate, self.size = blocks, blocks.rate, blocks.size
         self.tails = blocks.tail_slots()
         series = (self.size,) * len(self.tails)
-        self.value = Linear(width, sum(series), ("latent", "width"), split=series)
-        self.gate = Linear(width, sum(series), ("latent", "width"), split=series)
+        # DeepSeek's code keeps both out of fp8
+        self.value = Linear(width, sum(series), ("latent", "width"), split=series, sensitive=True)
+        self.gate = Linear(width, sum(series), ("latent", "width"), split=series, sensitive=True)
         self.declare("position_bias", (self.rate, sum(series)), ("block", "latent"), "position_bias", fp32=True)
         self.norm = RMSNorm(self.size, blocks.norm_eps, "latent")
 

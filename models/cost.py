@@ -1,19 +1,27 @@
 """What a model costs, from what its mechanisms declare: parameters, cache bytes, bytes read, floating-point
-operations."""
+operations.
+
+`store` says in which formats the cache is stored, everywhere: as declared, unless something else is asked for.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import linear_regression
 
 import torch
+from torch import nn
 
 from models.cache import Cache
 from models.config import ModelConfig
-from models.contract import BYTES, Flops, PairCount, Slot, visible_pairs
+from models.contract import BYTES, Attention, FeedForward, Flops, PairCount, Slot, visible_pairs
 from models.model import Model
 from models.parameter import named_specs
+from models.storage import DECLARED, Storage
+
+AS_DECLARED = Storage(DECLARED)
 
 
 @dataclass(frozen=True)
@@ -42,50 +50,76 @@ def parameters(model: Model) -> Parameters:
     return Parameters(total, total - idle - looked_up, looked_up)
 
 
-def slot_bytes(slot: Slot, *, packed: bool = False) -> float:
-    """Stored bytes of one entry, or of one row of a tail. packed: as the kernels of the scheme's authors store it."""
-    layouts = [(packed and part.packed) or ((part.format, part.numbers),) for part in slot.parts]
-    return sum(BYTES[number_format] * numbers for layout in layouts for number_format, numbers in layout)
+def parameters_by_part(model: Model) -> dict[str, int]:
+    """The total, by what it belongs to: a kind of sublayer by its name, of which experts and routers are told apart;
+    `norms` stand between the parts, a layer's scale among them."""
+    owners: dict[str, list[nn.Module | None]] = {
+        "embedding": [model.embedding],
+        "head": [model.head],
+        "residual": [*model.residuals(), model.ends],
+        "injection": [*model.entries],
+    }
+    for block in model.depths():
+        for name, sublayer in block.named_children():
+            mechanisms = [part for part in sublayer.children() if isinstance(part, Attention | FeedForward)]
+            owners.setdefault(name, []).extend(mechanisms)
+    owner = {
+        id(parameter): part
+        for part, modules in owners.items()
+        for module in modules
+        if module is not None
+        for parameter in module.parameters()
+    }
+    by_role = {"router": "routers", "expert": "experts", "expert_output": "experts"}
+    total: dict[str, int] = {}
+    for _, parameter, spec in named_specs(model):
+        part = by_role.get(spec.role, owner.get(id(parameter), "norms"))
+        total[part] = total.get(part, 0) + parameter.numel()
+    return total
 
 
-def written_slots(model: Model, *, naive: bool = False) -> list[Slot]:
+def written_slots(model: Model, *, naive: bool = False, shared: bool = True) -> list[Slot]:
     """The slots of every layer that writes a state of its own.
 
     naive: as an engine without windows holds them, which keeps every entry though none beyond its reach is read.
+    shared: False for the slots of every layer, as if none read another's state.
     """
-    slots = [slot for attention in model.attentions() if attention.writes for slot in attention.slots()]
+    slots = [slot for attention in model.attentions() if attention.writes or not shared for slot in attention.slots()]
     return [replace(slot, reach=None) for slot in slots] if naive else slots
 
 
-def kv_bytes_per_token(model: Model, *, naive: bool = False, packed: bool = False) -> float:
+def kv_bytes_per_token(model: Model, store: Storage = AS_DECLARED, *, naive: bool = False) -> float:
     """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not
-    grow. naive: see written_slots; packed: see slot_bytes."""
+    grow. naive: see written_slots."""
     growing = [s for s in written_slots(model, naive=naive) if s.kind == "entry" and s.reach is None]
-    return sum(slot_bytes(slot, packed=packed) / slot.stride for slot in growing)
+    return sum(store.bytes(slot) / slot.stride for slot in growing)
 
 
-def kv_bytes(model: Model, context: int, *, naive: bool = False, packed: bool = False) -> dict[str, float]:
+def kv_bytes(
+    model: Model, context: int, store: Storage = AS_DECLARED, *, naive: bool = False, shared: bool = True
+) -> dict[str, float]:
     """Cache bytes of one sequence of `context` tokens: `entries`, `windows` and `tails` apart, and their `total`.
 
-    naive: see written_slots; packed: see slot_bytes.
+    naive, shared: see written_slots.
     """
     total = {"entries": 0.0, "windows": 0.0, "tails": 0.0}
-    for slot in written_slots(model, naive=naive):
+    for slot in written_slots(model, naive=naive, shared=shared):
         kind = "tails" if slot.kind == "tail" else "entries" if slot.reach is None else "windows"
-        total[kind] += slot.entries(context) * slot_bytes(slot, packed=packed)
+        total[kind] += slot.entries(context) * store.bytes(slot)
     return total | {"total": sum(total.values())}
 
 
-def read_bytes_per_step(model: Model, context: int, *, packed: bool = False) -> float:
+def read_bytes_per_step(model: Model, context: int, store: Storage = AS_DECLARED) -> float:
     """Cache bytes that one decode step reads: every reader its state, also a shared one."""
     slots = [slot for attention in model.attentions() for slot in attention.slots() if slot.kind == "entry"]
-    return sum(visible_pairs(slot, 1, context) * slot_bytes(slot, packed=packed) for slot in slots)
+    return sum(visible_pairs(slot, 1, context) * store.bytes(slot) for slot in slots)
 
 
-def flop_per_byte(model: Model, context: int, *, packed: bool = False) -> float:
-    """Operations on what one decode step reads of the cache, selecting and scoring, for each byte of it."""
-    step = flops(model, 1, context)
-    read = read_bytes_per_step(model, context, packed=packed)
+def flop_per_byte(model: Model, context: int, store: Storage = AS_DECLARED) -> float:
+    """Operations on what one decode step reads of the cache, selecting and scoring, for each byte of it; weighted as
+    by weighted_flops, since a GPU's ridge is that of bf16."""
+    step = weighted(model, 1, context, store)
+    read = read_bytes_per_step(model, context, store)
     return (step.scores + step.selection) / read if read else 0.0
 
 
@@ -93,7 +127,12 @@ def growth_exponent(model: Model) -> float:
     """p, where the bytes that a cache allocates grow as tokensᵖ: fitted to 4,096 … 262,144 tokens of one sequence."""
     contexts = [2**n for n in range(12, 19)]
     allocated = [sum(Cache(model, 1, tokens, "meta").num_bytes().values()) for tokens in contexts]
-    return linear_regression([math.log(n) for n in contexts], [math.log(held) for held in allocated]).slope
+    return exponent(contexts, allocated)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """p, where values grow as sizesᵖ."""
+    return linear_regression([math.log(n) for n in sizes], [math.log(value) for value in values]).slope
 
 
 def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
@@ -104,3 +143,37 @@ def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_p
     for part in [*model.feedforwards(), *model.residuals(), model.ends]:
         total += Flops(projections=queries * part.flops())
     return total
+
+
+def weighted(model: Model, queries: int, context: int, store: Storage = AS_DECLARED, weights: str = "bf16") -> Flops:
+    """The same operations in bf16's, where hardware computes twice as fast in half the bits.
+
+    Matrices are multiplied in the format of the weights, but not below fp8, in which activations are; those that are
+    declared sensitive not below bf16. Scores are computed in bf16, to which a stored entry is expanded. A selection is
+    computed in the format in which what it looks at is stored: its queries are rounded likewise.
+    """
+    plain, by_weights = flops(model, queries, context), max(_in_bf16(weights), _in_bf16("fp8"))
+    sensitive = queries * _sensitive_flops(model)
+    projections = (plain.projections - sensitive) * by_weights + sensitive * max(by_weights, 1.0)
+
+    def in_its_format(slot: Slot, queries: int, context: int) -> float:
+        return visible_pairs(slot, queries, context) * _in_bf16(store.format(slot))
+
+    return Flops(projections, plain.scores, flops(model, queries, context, in_its_format).selection)
+
+
+def _in_bf16(number_format: str) -> float:
+    """Operations of bf16 that take as long as one of this format."""
+    return BYTES[number_format] / BYTES["bf16"]
+
+
+def _sensitive_flops(model: Model) -> float:
+    """Per token, of the head and of the matrices that are not computed in fewer bits than bf16's."""
+    parts = [*model.attentions(), *model.feedforwards(), *model.residuals(), model.ends]
+    specs = [(parameter, spec) for part in parts for _, parameter, spec in named_specs(part)]
+    kept = sum(
+        parameter.numel()
+        for parameter, spec in specs
+        if spec.role == "router" or (spec.role in ("projection", "output") and (spec.fp32 or spec.sensitive))
+    )
+    return 2.0 * (kept + model.config.width * model.config.vocab)

@@ -30,11 +30,13 @@ class Linear(Module):
         bias: bool = False,
         fp32: bool = False,
         split: tuple[int, ...] = (),
+        sensitive: bool = False,
     ) -> None:
-        """axes: logical names of (out, in). split: sizes of independent matrices along the rows."""
+        """axes: logical names of (out, in). split: sizes of independent matrices along the rows. sensitive: see
+        models.parameter.Spec."""
         super().__init__()
         self.inputs, self.outputs, self.fp32 = inputs, outputs, fp32
-        self.declare("weight", (outputs, inputs), axes, role, fp32=fp32, split=split)
+        self.declare("weight", (outputs, inputs), axes, role, fp32=fp32, split=split, sensitive=sensitive)
         if bias:
             self.declare("bias", (outputs,), axes[:1], "bias", fp32=fp32)
         else:

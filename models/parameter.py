@@ -41,6 +41,8 @@ class Spec:
     fp32: computed in float32 even where the model computes in bfloat16. No wrapper may cast it.
     split: sizes of logically independent matrices along the first matrix dim, e.g. (latent, rope); empty = one matrix.
     start: fills it in place, where it does not start as its role does.
+    sensitive: its product stays in bfloat16 where others are computed in fewer bits; so do a router's, a head's, and
+    what is declared fp32.
     """
 
     axes: tuple[str, ...]
@@ -48,6 +50,7 @@ class Spec:
     fp32: bool = False
     split: tuple[int, ...] = ()
     start: Callable[[Tensor], object] | None = None
+    sensitive: bool = False
 
 
 class Module(nn.Module):
@@ -67,6 +70,7 @@ class Module(nn.Module):
         fp32: bool = False,
         split: tuple[int, ...] = (),
         start: Callable[[Tensor], object] | None = None,
+        sensitive: bool = False,
     ) -> None:
         """Create the parameter `name` of `shape`, uninitialised: `initialise` fills it by role.
 
@@ -76,7 +80,7 @@ class Module(nn.Module):
             raise ValueError(f"parameter {name} has {len(shape)} dims but {len(axes)} logical axes")
         if split and sum(split) != shape[-2]:
             raise ValueError(f"parameter {name} splits into {split}, which is not its {shape[-2]} rows")
-        self.specs[name] = Spec(axes, role, fp32, split, start)
+        self.specs[name] = Spec(axes, role, fp32, split, start, sensitive)
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def start_buffers(self, generator: torch.Generator) -> None:

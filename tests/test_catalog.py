@@ -12,6 +12,9 @@ from conf.schema import Refused, build
 from models import catalog, cost
 from models.config import ModelConfig
 from models.families.common import plan, published
+from models.storage import Storage
+
+PACKED = Storage("packed")
 
 # Each as released on its model page: the keys that decide the model.
 RELEASED: dict[str, dict[str, Any]] = {
@@ -380,9 +383,9 @@ def test_published_cache_of_deepseek_v4(
 ) -> None:
     """As its kernels pack it: entries in fp8 and bf16, index keys in fp4; the tails of open blocks left out."""
     model = cost.meta(shipped(name))
-    assert cost.kv_bytes_per_token(model, packed=True) == pytest.approx(per_token, abs=0.06)
+    assert cost.kv_bytes_per_token(model, PACKED) == pytest.approx(per_token, abs=0.06)
     for context, unit, expected, digit in ((1_048_576, 1e9, gigabytes, 1e-3), (4096, 1e6, megabytes_at_4096, 0.1)):
-        held = cost.kv_bytes(model, context, packed=True)
+        held = cost.kv_bytes(model, context, PACKED)
         assert (held["entries"] + held["windows"]) / unit == pytest.approx(expected, abs=digit / 2)
 
 
@@ -404,22 +407,35 @@ def test_operations_of_a_decode_step_in_billions(name: str, linear: float, atten
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_percent", "flops_percent", "sides"),
+    ("store", "pro", "flash"),
     [
-        pytest.param("deepseek_v4_pro", 10.48, 27.07, 3.9e9, id="pro"),
-        pytest.param("deepseek_v4_flash", 7.32, 10.17, 1.8e9, id="flash"),
+        pytest.param(PACKED, 10.48, 7.32, id="as packed"),
+        pytest.param(Storage("packed", {"index": "fp8"}), 11.5, 8.0, id="index keys in fp8"),
+        pytest.param(Storage("bf16"), 11.5, 8.0, id="all in bf16"),
+        pytest.param(Storage("packed", {"latent": "bf16"}), 6.4, 4.5, id="latents of V3.2 in bf16"),
     ],
 )
-def test_what_deepseek_v4_saves_against_v32(name: str, kv_percent: float, flops_percent: float, sides: float) -> None:
-    """At 1M tokens, caches packed; operations in fp8's: bf16 counts twice, fp4 times fp4 half. Attention is in bf16,
-    V3.2's indexer in fp8, V4's in fp4; sides: what is bf16 among the projections (head, router, compressors), counted
-    once more."""
-    ours, base = cost.meta(shipped(name)), cost.meta(shipped("deepseek_v32"))
-    caches = [cost.kv_bytes(model, 1_048_576, packed=True) for model in (ours, base)]
-    mine, theirs = (held["entries"] + held["windows"] for held in caches)
-    assert theirs / 1e9 == pytest.approx(50.40, abs=5e-3)
-    assert 100 * mine / theirs == pytest.approx(kv_percent, abs=5e-3)
-    decode, old = (cost.flops(model, 1, 1_000_000) for model in (ours, base))
-    equivalent = decode.projections + sides + 2 * decode.scores + decode.selection / 2
-    old_equivalent = old.projections + 2.1e9 + 2 * old.scores + old.selection
-    assert 100 * equivalent / old_equivalent == pytest.approx(flops_percent, abs=0.05)
+def test_formats_behind_what_deepseek_v4_saves(store: Storage, pro: float, flash: float) -> None:
+    """Percent of DeepSeek-V3.2's cache at a million tokens: the first is published."""
+    base, *ours = (
+        cost.kv_bytes(cost.meta(shipped(f"deepseek_{v}")), 2**20, store) for v in ("v32", "v4_pro", "v4_flash")
+    )
+    percent = [100 * (held["entries"] + held["windows"]) / base["total"] for held in ours]
+    assert percent == pytest.approx([pro, flash], abs=0.05 if store is not PACKED else 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        pytest.param("deepseek_v4_pro", 3.9, id="pro"),
+        pytest.param("deepseek_v4_flash", 1.8, id="flash"),
+        pytest.param("deepseek_v32", 2.1, id="v3.2"),
+    ],
+)
+def test_what_stays_in_bf16_when_weights_are_fp8(name: str, kept: float) -> None:
+    """Billions of operations: head, router, an indexer's weights, compressors, hyper-connections."""
+    model = cost.meta(shipped(name))
+    plain, weighted = cost.flops(model, 1, 4096), cost.weighted(model, 1, 4096, PACKED, "fp8")
+    assert (2 * weighted.projections - plain.projections) / 1e9 == pytest.approx(kept, abs=0.05)
+    assert cost.weighted(model, 1, 4096, PACKED, "fp4").projections == weighted.projections
+    assert cost.weighted(model, 1, 4096, Storage("bf16")) == plain

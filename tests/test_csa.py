@@ -16,6 +16,7 @@ from models.attention.csa import CSA
 from models.contract import Result
 from models.mode import Mode
 from models.sequence import Whole
+from models.storage import Storage
 from tests import schemes
 from tests.schemes import Row, layer
 from tests.test_attention import WIDTH, build, run, turned, unit
@@ -203,11 +204,9 @@ def test_entries_are_packed_as_in_the_kernels_of_deepseek() -> None:
     sizes = {"heads": 2, "head_dim": 512, "rope_dim": 64, "groups": 1, "window": 128}
     indexer = {"heads": 2, "head_dim": 128, "top_k": 512}
     model = cost.meta(Row((layer(schemes.csa(**sizes, indexer=indexer)),)).config())
-    packed = {
-        slot.name: cost.slot_bytes(slot, packed=True) for slot in cost.written_slots(model) if slot.kind == "entry"
-    }
+    packed = {slot.name: Storage("packed").bytes(slot) for slot in cost.written_slots(model) if slot.kind == "entry"}
     assert packed == {"window": 584, "blocks": 584, "index": 68}
-    plain = {slot.name: cost.slot_bytes(slot) for slot in cost.written_slots(model) if slot.kind == "entry"}
+    plain = {slot.name: cost.AS_DECLARED.bytes(slot) for slot in cost.written_slots(model) if slot.kind == "entry"}
     assert plain == {"window": 1024, "blocks": 1024, "index": 256}
 
 

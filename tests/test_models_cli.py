@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conf.schema import build
 from models import catalog
 from models.__main__ import main
+from models.commands.cost_tables import tables
 from models.config import ModelConfig
 from models.model import Model
 from models.shards import WHOLE
@@ -156,23 +157,55 @@ def test_costs_are_the_published_ones(said: Callable[..., str]) -> None:
     assert percent["kv_bytes"]["4096"] == 100 and percent["total"] == pytest.approx(100 * 1026.408 / 671.026, abs=0.01)
 
 
+def test_totals_by_part(said: Callable[..., str]) -> None:
+    """By hand: 61 layers of attention, 58 of 256 experts, tables of 129,280 rows; Gemma's table is its injections'."""
+    costs = json.loads(said("cost", "deepseek_v3", "gemma4_e2b", "--context", "1", "--json"))
+    deepseek, gemma = (costs[name]["total_by_part"] for name in ("deepseek_v3", "gemma4_e2b"))
+    for name in costs:
+        assert sum(costs[name]["total_by_part"].values()) == costs[name]["total"]
+    assert deepseek["embedding"] == deepseek["head"] == 129_280 * 7168
+    assert deepseek["experts"] == 58 * 256 * 3 * 7168 * 2048 and deepseek["routers"] == 58 * 256 * 7168
+    assert deepseek["feedforward"] == 3 * 7168 * (3 * 18432 + 58 * 2048)
+    assert deepseek["attention"] / 61e6 == pytest.approx(187.107, abs=1e-3)
+    assert "head" not in gemma and gemma["injection"] / 1e6 == pytest.approx(2348.8 + 41.3, abs=0.06)
+
+
 def test_caches_as_their_authors_pack_them(said: Callable[..., str]) -> None:
     """48,068 bytes a token of DeepSeek-V3.2: 656 and 132 for each of 61 layers; 3,514.25 of V4-Flash."""
-    words = (
-        "cost",
-        "deepseek_v4_flash",
-        "deepseek_v32",
-        "--baseline",
-        "deepseek_v32",
-        "--context",
-        "1048576",
-        "--json",
-    )
-    packed, plain = json.loads(said(*words, "--packed")), json.loads(said(*words))
+    words = ["deepseek_v4_pro", "deepseek_v4_flash", "deepseek_v32", "--baseline", "deepseek_v32", "--json"]
+    asked = ["--context", "1000000,1048576", "--weights", "fp8", "--store", "packed"]
+    packed = json.loads(said("cost", *words, *asked))
+    pro, flash = packed["deepseek_v4_pro"], packed["deepseek_v4_flash"]
     assert packed["deepseek_v32"]["kv_bytes_per_token"] == 48068
-    assert packed["deepseek_v4_flash"]["kv_bytes_per_token"] == 3514.25
-    assert packed["deepseek_v4_flash"]["percent_of_baseline"]["kv_bytes_per_token"] == 7.311
-    assert plain["deepseek_v4_flash"]["kv_bytes"]["1048576"] > packed["deepseek_v4_flash"]["kv_bytes"]["1048576"]
+    assert flash["kv_bytes_per_token"] == 3514.25
+    assert flash["percent_of_baseline"]["kv_bytes_per_token"] == 7.311
+    # published, at a million tokens: 10 and 7 % of the cache, 27 and 10 % of the operations
+    for costs, kv, weighted, plain in ((pro, 10.48, 27.07, 26.5), (flash, 7.32, 10.17, 12.2)):
+        percent = costs["percent_of_baseline"]
+        assert percent["kv_bytes"]["1048576"] == pytest.approx(kv, abs=5e-3)
+        assert percent["weighted_decode_flops"]["1000000"] == pytest.approx(weighted, abs=5e-3)
+        assert percent["decode_flops"]["1000000"] == pytest.approx(plain, abs=0.05)
+    shown = tables(packed, [1_000_000, 1_048_576])
+    assert all(f" {percent}%" in shown for percent in ("10.48", "7.32", "27.07", "10.17"))
+
+
+@pytest.mark.parametrize(
+    ("store", "bytes_per_layer"),
+    [
+        pytest.param("declared", 1024 + 128 + 256, id="as declared"),
+        pytest.param("packed", 656 + 132, id="as packed"),
+        pytest.param("fp8", 512 + 64 + 128, id="one format"),
+        pytest.param("packed,index=fp4", 656 + 64, id="another for a slot"),
+        pytest.param("packed,latent=bf16", 1152 + 132, id="no packing for a slot"),
+        pytest.param("latent=fp8,latent.rope=bf16", 512 + 128 + 256, id="another for a part"),
+        pytest.param("latent.rope=bf16,latent=fp8", 512 + 128 + 256, id="the exacter name in front"),
+    ],
+)
+def test_formats_of_a_cache(store: str, bytes_per_layer: int, said: Callable[..., str]) -> None:
+    """DeepSeek-V3.2: a latent of 512, a rotated key of 64, an index key of 128."""
+    costs = json.loads(said("cost", "deepseek_v32", "--store", store, "--context", "4096", "--json"))["deepseek_v32"]
+    assert costs["kv_bytes_per_token"] == 61 * bytes_per_layer
+    assert costs["kv_bytes"]["4096"] == 4096 * 61 * bytes_per_layer
 
 
 def test_what_fits_a_gpu(said: Callable[..., str]) -> None:
@@ -346,7 +379,9 @@ def refused(arguments: list[object], reason: str, capsys: pytest.CaptureFixture[
         pytest.param(
             ["cost", "deepseek_v3", "--gpu", "h100", "--weights", "int3"], "there is: bf16", id="unknown format"
         ),
-        pytest.param(["cost", "deepseek_v3", "--weights", "fp8"], "give --gpu", id="weights without a gpu"),
+        pytest.param(["cost", "deepseek_v3", "--store", "int3"], "there is: bf16", id="unknown storage"),
+        pytest.param(["cost", "deepseek_v3", "--store", "latnt=fp8"], "did you mean 'latent'?", id="misspelt slot"),
+        pytest.param(["cost", "deepseek_v3", "--store", "fp8,"], "--store is ''", id="a format left out"),
         pytest.param(["cost", "deepseek_v3", "--baseline", "gpt9"], "gpt9", id="unknown baseline"),
         pytest.param(["cost"], "NAME", id="no model"),
         pytest.param(["cots", "deepseek_v3"], "invalid choice: 'cots'", id="unknown command"),

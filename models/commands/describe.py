@@ -92,7 +92,7 @@ def _injection(plan: LayerPlan, layer: Layer) -> dict[str, Any]:
 
 def _slot(slot: Slot) -> dict[str, Any]:
     parts = [{**dataclasses.asdict(part), "dims": dict(part.dims)} for part in slot.parts]
-    return {**dataclasses.asdict(slot), "parts": parts, "entry_bytes": cost.slot_bytes(slot)}
+    return {**dataclasses.asdict(slot), "parts": parts, "entry_bytes": cost.AS_DECLARED.bytes(slot)}
 
 
 def _wrapped(name: str, values: dict[str, Any]) -> str:
