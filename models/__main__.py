@@ -56,6 +56,11 @@ def parser() -> Parser:
     )
     p.add_argument("--json", action="store_true", help="one object, by name")
 
+    p = command("claims", "claims", "what the press says of these schemes, judged by what the models here measure")
+    p.add_argument("number", nargs="*", type=int, metavar="N", help="of a claim [all]")
+    p.add_argument("--out", metavar="FILE", help="the page is written there, as docs/claims.md")
+    p.add_argument("--json", action="store_true", help="one object, by number, with what was measured")
+
     p = command("import", "transfer", "a Transformers checkpoint to our format")
     p.add_argument("--from", dest="source", required=True, metavar="HF_DIR", help="config.json and safetensors")
     p.add_argument("--to", dest="target", required=True, metavar="DIR", help="a directory that does not exist yet")

@@ -23,6 +23,9 @@ from models.storage import DECLARED, Storage
 
 AS_DECLARED = Storage(DECLARED)
 
+LIMIT = 2**40
+"""Contexts are not searched beyond it: a cache that does not grow would fit any."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -107,6 +110,16 @@ def kv_bytes(
         kind = "tails" if slot.kind == "tail" else "entries" if slot.reach is None else "windows"
         total[kind] += slot.entries(context) * store.bytes(slot)
     return total | {"total": sum(total.values())}
+
+
+def longest_context(model: Model, memory: float, store: Storage = AS_DECLARED) -> int:
+    """Tokens of one sequence whose cache fits the memory, LIMIT at most."""
+    longest, beyond = 0, LIMIT + 1
+    while memory > 0 and beyond - longest > 1:
+        middle = (longest + beyond) // 2
+        fits = kv_bytes(model, middle, store)["total"] <= memory
+        longest, beyond = (middle, beyond) if fits else (longest, middle)
+    return longest
 
 
 def read_bytes_per_step(model: Model, context: int, store: Storage = AS_DECLARED) -> float:

@@ -18,9 +18,6 @@ from models.gpu import GPUS, Gpu
 from models.model import Model
 from models.storage import Storage
 
-LIMIT = 2**40
-"""Contexts are not searched beyond it: a cache that does not grow would fit any."""
-
 Costs = dict[str, Any]
 
 
@@ -99,20 +96,14 @@ def fitting(model: Model, contexts: list[int], memory: float, store: Storage, we
     """
     weight_bytes = sum(parameter.numel() for parameter in model.parameters()) * BYTES[weights]
     left = memory - weight_bytes
-
-    def held(tokens: int) -> float:
-        return cost.kv_bytes(model, tokens, store)["total"]
-
-    longest, beyond = 0, LIMIT + 1
-    while left > 0 and beyond - longest > 1:
-        middle = (longest + beyond) // 2
-        longest, beyond = (middle, beyond) if held(middle) <= left else (longest, middle)
-    sessions = {str(n): max(0, int(left // size)) if (size := held(n)) else None for n in contexts}
+    longest = cost.longest_context(model, left, store)
+    held = {n: cost.kv_bytes(model, n, store)["total"] for n in contexts}
+    sessions = {str(n): max(0, int(left // bytes_held)) if bytes_held else None for n, bytes_held in held.items()}
     return {
         "memory_bytes": _whole(memory),
         "weight_bytes": _whole(weight_bytes),
         "longest_context": longest,
-        "unbounded": longest >= LIMIT,
+        "unbounded": longest >= cost.LIMIT,
         "sessions": sessions,
     }
 
