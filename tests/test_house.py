@@ -171,6 +171,52 @@ def test_nothing_is_chosen_by_a_name() -> None:
     assert not wrong
 
 
+def schemes_named(tree: ast.AST) -> set[int]:
+    """Lines that hold the name of a scheme of attention, residual or injection as a text."""
+    folders = (ROOT / "models" / folder for folder in ("attention", "residual", "injection"))
+    # "plain" is a word of many meanings; what nobody chooses by it, the other test of names finds
+    schemes = {path.stem for folder in folders for path in folder.glob("[!_]*.py")} - {"plain"}
+    return {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in schemes}
+
+
+def schemes_decided_on(tree: ast.AST) -> set[int]:
+    """Lines that compare something with the name of a scheme, match it, or look it up in a table of such names."""
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.match_case):
+            found |= schemes_named(node if isinstance(node, ast.Compare) else node.pattern)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            found |= schemes_named(node.value)
+    return found
+
+
+def test_no_behaviour_goes_by_the_name_of_a_scheme() -> None:
+    translated, as_data = "models/families/", ("models/claims/", "launch/demo/")
+    wrong = []
+    for path in SOURCES:
+        if name(path).startswith(translated):  # config.json to plans and back: names are its matter
+            continue
+        lines = schemes_decided_on(TREES[path]) if name(path).startswith(as_data) else schemes_named(TREES[path])
+        wrong += [f"{name(path)}:{line}" for line in sorted(lines)]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("code", "decides"),
+    [
+        pytest.param('plan["scheme"] == "mla"', True, id="compared"),
+        pytest.param('"csa" in schemes', True, id="looked for"),
+        pytest.param('scheme in ("gqa", "hca")', True, id="one of several"),
+        pytest.param('{"mla": 1, "gqa": 2}[scheme]', True, id="a table"),
+        pytest.param('match scheme:\n    case "mhc" | "affine":\n        pass', True, id="matched"),
+        pytest.param('plan = {"scheme": "swa", "heads": 4}', False, id="a plan"),
+        pytest.param('role == "projection"', False, id="another name"),
+    ],
+)
+def test_decisions_by_name_are_found(code: str, decides: bool) -> None:
+    assert bool(schemes_decided_on(ast.parse(code))) == decides
+
+
 def test_submitting_jobs_needs_no_torch() -> None:
     modules = {name(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in SOURCES}
 
