@@ -58,9 +58,9 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     `norms` stand between the parts, a layer's scale among them."""
     owners: dict[str, list[nn.Module | None]] = {
         "embedding": [model.embedding],
-        "head": [model.head],
-        "residual": [*model.residuals(), model.ends],
         "injection": [*model.entries],
+        "residual": [*model.residuals(), model.ends],
+        "head": [model.head],
     }
     for block in model.depths():
         for name, sublayer in block.named_children():
@@ -74,11 +74,10 @@ def parameters_by_part(model: Model) -> dict[str, int]:
         for parameter in module.parameters()
     }
     by_role = {"router": "routers", "expert": "experts", "expert_output": "experts"}
-    total: dict[str, int] = {}
+    total = dict.fromkeys(("embedding", "attention", "routers", "experts", "feedforward", *owners, "norms"), 0)
     for _, parameter, spec in named_specs(model):
-        part = by_role.get(spec.role, owner.get(id(parameter), "norms"))
-        total[part] = total.get(part, 0) + parameter.numel()
-    return total
+        total[by_role.get(spec.role, owner.get(id(parameter), "norms"))] += parameter.numel()
+    return {part: number for part, number in total.items() if number}
 
 
 def written_slots(model: Model, *, naive: bool = False, shared: bool = True) -> list[Slot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from conf.schema import Refused, build
 from models import catalog, cost
 from models.config import ModelConfig
 from models.families.common import plan, published
+from models.model import Model
 from models.storage import Storage
 
 PACKED = Storage("packed")
@@ -274,6 +276,12 @@ def shipped(name: str) -> ModelConfig:
     return build(ModelConfig, catalog.section(name, {}), name)
 
 
+@cache
+def costed(name: str) -> Model:
+    """As it ships, without memory; nobody changes it."""
+    return cost.meta(shipped(name))
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_shipped_models_are_the_released_ones(name: str) -> None:
     family = published.family(RELEASED[name]["model_type"], "")
@@ -314,7 +322,7 @@ def refuses(family: published.Family, config: ModelConfig) -> bool:
     ],
 )
 def test_published_sizes_in_billions(name: str, total: float, active: float) -> None:
-    size = cost.parameters(cost.meta(shipped(name)))
+    size = cost.parameters(costed(name))
     assert size.total / 1e9 == pytest.approx(total, abs=0.05)
     assert size.active / 1e9 == pytest.approx(active, abs=0.05)
 
@@ -331,7 +339,7 @@ def test_published_sizes_in_billions(name: str, total: float, active: float) -> 
 def test_published_sizes_of_parts_in_millions(
     name: str, attention: float, expert: float, router: float, dense: float
 ) -> None:
-    first, last = (cost.meta(shipped(name)).blocks[i] for i in (0, -1))
+    first, last = (costed(name).blocks[i] for i in (0, -1))
 
     def size(block: nn.Module, part: str) -> float:
         return sum(parameter.numel() for parameter in block.get_submodule(part).parameters()) / 1e6
@@ -353,7 +361,7 @@ def test_sizes_of_the_parts_of_deepseek_v4_in_millions(
     name: str, attention: float, csa: float, indexer: float, hca: float, mhc: float, expert: float, router: float
 ) -> None:
     """A pair of layers, sparse and heavily compressed, both with a learned router."""
-    blocks = cost.meta(shipped(name)).depths()
+    blocks = costed(name).depths()
     sparse, heavy = blocks[4], blocks[3]
 
     def size(block: nn.Module, *parts: str) -> float:
@@ -382,7 +390,7 @@ def test_published_cache_of_deepseek_v4(
     name: str, per_token: float, gigabytes: float, megabytes_at_4096: float
 ) -> None:
     """As its kernels pack it: entries in fp8 and bf16, index keys in fp4; the tails of open blocks left out."""
-    model = cost.meta(shipped(name))
+    model = costed(name)
     assert cost.kv_bytes_per_token(model, PACKED) == pytest.approx(per_token, abs=0.06)
     for context, unit, expected, digit in ((1_048_576, 1e9, gigabytes, 1e-3), (4096, 1e6, megabytes_at_4096, 0.1)):
         held = cost.kv_bytes(model, context, PACKED)
@@ -399,7 +407,7 @@ def test_published_cache_of_deepseek_v4(
 )
 def test_operations_of_a_decode_step_in_billions(name: str, linear: float, attention: float, index: float) -> None:
     """At a million tokens, each operation counted once whatever its precision."""
-    flops = cost.flops(cost.meta(shipped(name)), 1, 1_000_000)
+    flops = cost.flops(costed(name), 1, 1_000_000)
     # V3.2 counts its latent's expansion as a parameter that is read; absorbed, it multiplies the queries
     assert flops.projections / 1e9 == pytest.approx(linear, rel=5e-3)
     assert flops.scores / 1e9 == pytest.approx(attention, rel=1e-3)
@@ -417,9 +425,7 @@ def test_operations_of_a_decode_step_in_billions(name: str, linear: float, atten
 )
 def test_formats_behind_what_deepseek_v4_saves(store: Storage, pro: float, flash: float) -> None:
     """Percent of DeepSeek-V3.2's cache at a million tokens: the first is published."""
-    base, *ours = (
-        cost.kv_bytes(cost.meta(shipped(f"deepseek_{v}")), 2**20, store) for v in ("v32", "v4_pro", "v4_flash")
-    )
+    base, *ours = (cost.kv_bytes(costed(f"deepseek_{v}"), 2**20, store) for v in ("v32", "v4_pro", "v4_flash"))
     percent = [100 * (held["entries"] + held["windows"]) / base["total"] for held in ours]
     assert percent == pytest.approx([pro, flash], abs=0.05 if store is not PACKED else 5e-3)
 
@@ -434,7 +440,7 @@ def test_formats_behind_what_deepseek_v4_saves(store: Storage, pro: float, flash
 )
 def test_what_stays_in_bf16_when_weights_are_fp8(name: str, kept: float) -> None:
     """Billions of operations: head, router, an indexer's weights, compressors, hyper-connections."""
-    model = cost.meta(shipped(name))
+    model = costed(name)
     plain, weighted = cost.flops(model, 1, 4096), cost.weighted(model, 1, 4096, PACKED, "fp8")
     assert (2 * weighted.projections - plain.projections) / 1e9 == pytest.approx(kept, abs=0.05)
     assert cost.weighted(model, 1, 4096, PACKED, "fp4").projections == weighted.projections

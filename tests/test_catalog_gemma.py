@@ -14,7 +14,7 @@ from models.__main__ import main
 from models.config import LayerPlan, ModelConfig, Stack
 from models.families import gemma4_text
 from models.families.common import plan
-from tests.test_catalog import refuses, shipped
+from tests.test_catalog import costed, refuses, shipped
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -89,7 +89,7 @@ def test_shipped_models_can_be_exported(name: str, size: str) -> None:
 )
 def test_text_totals_to_the_last_digit(name: str, total: int, active: int, looked_up: int) -> None:
     """Of the released language models; their count leaves out each layer's scalar, which is a parameter here."""
-    model = cost.meta(shipped(name))
+    model = costed(name)
     size = cost.parameters(model)
     assert size == cost.Parameters(total + len(model.blocks), active + len(model.blocks), looked_up)
 
@@ -112,7 +112,7 @@ PARTS = [
 
 @pytest.mark.parametrize(("name", "part", "millions"), PARTS)
 def test_sizes_of_parts(name: str, part: str, millions: float) -> None:
-    found = [block.get_submodule(part) for block in cost.meta(shipped(name)).blocks]
+    found = [block.get_submodule(part) for block in costed(name).blocks]
     held = sum(parameter.numel() for module in found for parameter in module.parameters())
     assert held / 1e6 == pytest.approx(millions, abs=0.05)
 

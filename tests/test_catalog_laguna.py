@@ -8,7 +8,7 @@ import torch
 from models import cost
 from models.attention import gqa
 from models.config import resolve
-from tests.test_catalog import shipped
+from tests.test_catalog import costed, shipped
 
 SELECTION_BIASES = 39 * 256
 """Parameters in Transformers, numbers that no optimizer sees here."""
@@ -18,7 +18,7 @@ LOOKED_UP = 100_352 * 2048
 
 def test_totals_to_the_last_digit() -> None:
     """The published counts; the active ones have the embedding's table among them, which ours have not."""
-    size = cost.parameters(cost.meta(shipped("laguna_xs2")))
+    size = cost.parameters(costed("laguna_xs2"))
     total, active = 33_442_617_088 - SELECTION_BIASES, 3_017_135_872 - SELECTION_BIASES - LOOKED_UP
     assert size == cost.Parameters(total, active, LOOKED_UP)
 
@@ -33,7 +33,7 @@ def test_totals_to_the_last_digit() -> None:
     ],
 )
 def test_sizes_of_parts(part: str, millions: float) -> None:
-    blocks = cost.meta(shipped("laguna_xs2")).blocks
+    blocks = costed("laguna_xs2").blocks
     start = 0 if part.startswith("attention") else 1
     held = [p.numel() for block in list(blocks)[start:] for p in block.get_submodule(part).parameters()]
     assert sum(held) / 1e6 == pytest.approx(millions, abs=0.06)
@@ -63,7 +63,7 @@ def test_full_layers_have_fewer_heads_and_turn_half_of_each() -> None:
     ],
 )
 def test_cache_with_and_without_windows(context: int, windowed: float, naive: float) -> None:
-    model = cost.meta(shipped("laguna_xs2"))
+    model = costed("laguna_xs2")
     assert cost.kv_bytes(model, context)["total"] == 10 * 4096 * context + 30 * 4096 * min(context, 512)
     assert cost.kv_bytes(model, context)["total"] == pytest.approx(windowed, rel=5e-4)
     assert cost.kv_bytes(model, context, naive=True)["total"] == pytest.approx(naive, rel=5e-4)
@@ -72,5 +72,5 @@ def test_cache_with_and_without_windows(context: int, windowed: float, naive: fl
 
 def test_operations_of_a_decode_step_far_into_a_context() -> None:
     """At 128K: ten layers of 48 heads over everything, thirty of 64 over a window."""
-    scores = cost.flops(cost.meta(shipped("laguna_xs2")), 1, 131_072).scores
+    scores = cost.flops(costed("laguna_xs2"), 1, 131_072).scores
     assert scores / 1e9 == pytest.approx(32.2 + 0.50, abs=0.05)

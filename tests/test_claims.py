@@ -80,7 +80,7 @@ BY_HAND: dict[int, tuple[str, dict[str, float]]] = {
     10: (REFUTED, {"parameters": 2 * 43 * (24 * 4 * 4096 + 27) + 4 * 4 * 4096 + 4 + 1}),
     11: (REFUTED, {"common": 0, "tokens of what V4 chooses": 4, "tokens of what V3.2 chooses": 1}),
     12: (ASSUMING, {"bf16 latents": 100 * 132 / 1152, "fp8": 100 * 132 / 656, "kept": (584 + 68) / 4, "whole": 584}),
-    13: (REFUTED, {"full": 1.0, "entries": 1.0, "scores": 2.0}),
+    13: (REFUTED, {"full": 1.0, "entries": 1.0, "scores": 2.0, "windows": 0.0}),
     14: (REFUTED, {"scoring": 40, "layers": 40, "in attention": 0, "in feed-forward": 40 * 201_326_592}),
     15: (ASSUMING, {"Qwen3, GQA": 8, "DeepSeek-V3, MLA, bf16": 278_528 / 1152}),
     16: (

@@ -19,9 +19,11 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.schema import build
-from models import catalog
+from models import catalog, cost
 from models.__main__ import main
 from models.commands.cost_tables import tables
+from models.commands.describe import as_mapping, picture
+from models.commands.named import named
 from models.config import ModelConfig
 from models.model import Model
 from models.shards import WHOLE
@@ -118,8 +120,10 @@ def test_list_names_every_model_and_loads_no_other_library() -> None:
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_every_shipped_model_is_described(name: str, said: Callable[..., str]) -> None:
-    described = json.loads(said("describe", name, "--json"))
+def test_every_shipped_model_is_described(name: str) -> None:
+    (found,) = named([name])
+    model = cost.meta(found.config)
+    described = as_mapping(found, model)
     assert [layer["layer"] for layer in described["layers"]] == list(range(len(described["layers"])))
     grows = sum(
         slot["entry_bytes"] / slot["stride"]
@@ -129,7 +133,7 @@ def test_every_shipped_model_is_described(name: str, said: Callable[..., str]) -
     )
     assert grows == described["kv_bytes_per_token"]
     last = len(described["layers"]) - 1
-    assert re.search(rf"(–|layer ){last}  ×", said("describe", name))
+    assert re.search(rf"(–|layer ){last}  ×", picture(found, model))
 
 
 def test_a_layer_of_deepseek_v3_leaves_a_latent_and_a_rotated_key(said: Callable[..., str]) -> None:
@@ -236,7 +240,7 @@ def test_arms_of_one_backbone_side_by_side(said: Callable[..., str]) -> None:
 
 def test_the_table_has_a_row_for_each_model(said: Callable[..., str]) -> None:
     table = said("cost", "deepseek_v3", "kimi_k2_6", "--baseline", "deepseek_v3")
-    assert table.count("kimi_k2_6 ") == 3 and "153.0%" in table and "287.83 MB" in table
+    assert table.count("kimi_k2_6 ") == 4 and "152.96%" in table and "287.83 MB" in table
 
 
 def test_there_and_back_again(hf: Path, ids: Path, tmp_path: Path) -> None:

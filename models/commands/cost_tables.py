@@ -78,15 +78,15 @@ def _any(costs: Mapping[str, Costs], key: str) -> bool:
 
 
 def _fit_words(name: str, gpu: Costs) -> str:
+    bounds = ", ".join(f"{bound} at {int(context):,}" for context, bound in gpu["bound"].items())
+    ridge = f"reading the cache is bound by {bounds} (ridge {gpu['ridge']:g} FLOP a byte)"
     if gpu["weight_bytes"] >= gpu["memory_bytes"]:
-        return f"{name}: {size(gpu['weight_bytes'])} of weights do not fit {gpu['name']}"
+        return f"{name}: {size(gpu['weight_bytes'])} of weights do not fit {gpu['name']}; {ridge}"
     sessions = ", ".join(f"{number} of {int(context):,}" for context, number in gpu["sessions"].items())
     longest = "any length" if gpu["unbounded"] else f"{gpu['longest_context']:,} tokens"
-    bounds = ", ".join(f"{bound} at {int(context):,}" for context, bound in gpu["bound"].items())
     return (
         f"{name} on {gpu['name']}, beside {size(gpu['weight_bytes'])} of weights: "
-        f"longest context {longest}; sessions: {sessions}; "
-        f"reading the cache is bound by {bounds} (ridge {gpu['ridge']:g} FLOP a byte)"
+        f"longest context {longest}; sessions: {sessions}; {ridge}"
     )
 
 
