@@ -94,7 +94,7 @@ def fitting(model: Model, contexts: list[int], memory: float, store: Storage, we
 
     Activations and the engine's own needs are not subtracted.
     """
-    weight_bytes = sum(parameter.numel() for parameter in model.parameters()) * BYTES[weights]
+    weight_bytes = cost.parameters(model).total * BYTES[weights]
     left = memory - weight_bytes
     longest = cost.longest_context(model, left, store)
     held = {n: cost.kv_bytes(model, n, store)["total"] for n in contexts}
