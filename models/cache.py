@@ -109,10 +109,11 @@ class Cache:
         return cached
 
     def num_bytes(self) -> dict[str, int]:
-        """Allocated bytes: `entries` grow with the tokens, `windows` are bounded by a reach, `tails` by a rate."""
+        """Allocated bytes: `entries` grow with the tokens, `windows` are bounded by a reach or a limit, `tails` by a
+        rate."""
         total = {"entries": 0, "windows": 0, "tails": 0}
         for store in self.stores.values():
-            bounded = "entries" if store.slot.reach is None else "windows"
+            bounded = "entries" if store.slot.grows else "windows"
             total["tails" if store.slot.kind == "tail" else bounded] += store.num_bytes
         return total
 
@@ -165,8 +166,8 @@ class Cached:
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
         return {name: [self.cache.stores[self.layer, name].append(entries)] for name, entries in state.items()}
 
-    def readers(self, stride: int) -> Tensor:
-        return local_readers(self.position, self.document, stride)
+    def readers(self, first: int) -> Tensor:
+        return local_readers(self.position, self.document, first)
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         return value.detach()

@@ -40,8 +40,8 @@ class Blocks:
 
     def slot(self) -> Slot:
         """One entry a block."""
-        entry = Part("kv", (("latent", self.size),), packed=self.packed)
-        return Slot(self.name, (entry,), stride=self.rate, span=self.rate * len(self.tails))
+        entry, before = Part("kv", (("latent", self.size),), packed=self.packed), self.rate * (len(self.tails) - 1)
+        return Slot(self.name, (entry,), stride=self.rate, span=before + self.rate, origin=-before)
 
     def tail_slots(self) -> tuple[Slot, ...]:
         """Value and gate of each token, in fp32 as they are summed: as many as the next entry will need."""
@@ -64,7 +64,7 @@ class Compressor(Module):
     def __init__(self, width: int, blocks: Blocks) -> None:
         super().__init__()
         self.blocks, self.rate, self.size = blocks, blocks.rate, blocks.size
-        self.tails = blocks.tail_slots()
+        self.slot, self.tails = blocks.slot(), blocks.tail_slots()
         series = (self.size,) * len(self.tails)
         # DeepSeek's code keeps both out of fp8
         self.value = Linear(width, sum(series), ("latent", "width"), split=series, sensitive=True)
@@ -77,7 +77,7 @@ class Compressor(Module):
         dtype = full_precision(x.dtype)
         bias = self.position_bias.to(dtype)[sequence.position % self.rate]
         value, gate = self.value(x).to(dtype), self.gate(x).to(dtype) + bias
-        last = _block_ends(sequence, self.rate)
+        last = entry_ends(sequence, self.slot)
         # places without a block hold whatever is gathered; their document says that nothing is there
         start = last.clamp_min(0)
         position = sequence.position.gather(1, start)
@@ -104,23 +104,29 @@ class Compressor(Module):
     def _block(self, tail: Slot, rows: Tensor, last: Tensor, sequence: Sequence) -> Tensor:
         """rows: [B, S, d] of one series; last: [B, N], where blocks end. Returns [B, N, rate, d]: each one's rows, or
         those of the block as far before it as the tail is long."""
-        past, _ = sequence.before(tail, rows)
-        index = last[:, :, None] + torch.arange(self.rate, device=rows.device)
-        flat = index.flatten(1)[:, :, None].expand(-1, -1, rows.shape[-1])
-        return torch.cat((past, rows), 1).gather(1, flat).unflatten(1, (-1, self.rate))
+        return rows_before(tail, rows, last, self.rate, sequence)
 
 
-def _block_ends(sequence: Sequence, rate: int) -> Tensor:
-    """[B, ⌈S / rate⌉]: where in the tokens in hand the blocks end, in order; -1 in the places left over.
+def rows_before(tail: Slot, rows: Tensor, last: Tensor, size: int, sequence: Sequence) -> Tensor:
+    """rows: [B, S, ...], of which `tail` keeps the last; last: [B, N], of the tokens in hand. Returns [B, N, size,
+    ...]: of the rows up to each last one, as many as the tail holds and itself, the first `size`."""
+    past, _ = sequence.before(tail, rows)
+    index = (last[:, :, None] + torch.arange(size, device=rows.device)).flatten(1)
+    index = index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+    return torch.cat((past, rows), 1).gather(1, index).unflatten(1, (-1, size))
 
-    Documents restart the blocks, so their number differs from row to row; the shape does not.
+
+def entry_ends(sequence: Sequence, slot: Slot) -> Tensor:
+    """[B, ⌈S / stride⌉]: where in the tokens in hand the slot's entries end, in order; -1 in the places left over.
+
+    Documents start anew, so the number of entries differs from row to row; the shape does not.
     """
-    position = sequence.position
-    num_rows, length = position.shape
-    places = -(-length // rate)
-    ends = (position % rate == rate - 1) & (sequence.document != NOTHING)
+    since_first = sequence.position - (slot.first - 1)
+    num_rows, length = since_first.shape
+    places = -(-length // slot.stride)
+    ends = (since_first >= 0) & (since_first % slot.stride == 0) & (sequence.document != NOTHING)
     rank = ends.cumsum(1) - 1
     index = torch.where(ends, rank, places)
-    last = torch.full((num_rows, places + 1), -1, dtype=torch.int64, device=position.device)
-    tokens = torch.arange(length, device=position.device).expand(num_rows, length)
+    last = torch.full((num_rows, places + 1), -1, dtype=torch.int64, device=ends.device)
+    tokens = torch.arange(length, device=ends.device).expand(num_rows, length)
     return last.scatter(1, index, tokens)[:, :places]

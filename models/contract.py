@@ -6,9 +6,9 @@
                                              parallelism and serving read nothing else
     flops(queries, context, pairs)           what it costs
 
-One rule of visibility holds for every entry: it is valid, of the query's document, the last token it covers is not
-after the query, and lies less than `reach` tokens back. Everything that looks along the sequence asks the `Sequence`,
-so that training on whole rows, on shards of rows, and decoding from a cache are one code path.
+One rule of visibility holds for every entry: it is valid, of the query's document, and the last token it covers lies at
+least `beyond` (0: is not after the query) and less than `reach` tokens back. Everything that looks along the sequence
+asks the `Sequence`, so that training on whole rows, on shards of rows, and decoding from a cache are one code path.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Slot:
     """One kind of thing that tokens leave behind.
 
     kind: an `entry` is read by queries; a `tail` holds the last rows that a compression still needs.
-    stride: tokens per entry. span: tokens that an entry covers. reach: how far back an entry is read (None: to the
-    start).
+    stride: tokens per entry. span: tokens that an entry covers, the first one's from `origin` on (negative where the
+    first lacks the tokens before it). limit: how many entries there are, the first of a document (None: no limit).
+    beyond, reach: how far back an entry is read, at least and less than (None: to the start).
     chosen: how many of the visible entries a query reads at most (None: all). rows: length of a tail in tokens.
     """
 
@@ -71,21 +72,39 @@ class Slot:
     kind: Literal["entry", "tail"] = "entry"
     stride: int = 1
     span: int = 1
+    origin: int = 0
+    limit: int | None = None
+    beyond: int = 0
     reach: int | None = None
     chosen: int | None = None
     rows: int = 0
+
+    @property
+    def first(self) -> int:
+        """Tokens that a document needs for its first entry; the next comes `stride` tokens later."""
+        return self.origin + self.span
+
+    @property
+    def grows(self) -> bool:
+        """Whether a cache of it grows with the tokens."""
+        return self.kind == "entry" and self.reach is None and self.limit is None
 
     def entries(self, tokens: int) -> int:
         """How many entries (or tail rows) `tokens` tokens of one document leave in a cache."""
         if self.kind == "tail":
             return self.rows
-        complete = tokens // self.stride
-        return complete if self.reach is None else min(complete, -(-self.reach // self.stride))
+        complete = max(0, (tokens - self.first) // self.stride + 1)
+        held = complete if self.limit is None else min(complete, self.limit)
+        return held if self.reach is None else min(held, -(-self.reach // self.stride))
 
     def serves(self, reader: Slot) -> bool:
         """Whether what is kept here is what `reader` reads: the same entries, for at least as long."""
         long_enough = self.reach is None or (reader.reach is not None and reader.reach <= self.reach)
-        return long_enough and replace(self, reach=None, chosen=None) == replace(reader, reach=None, chosen=None)
+        return long_enough and self._kept() == reader._kept()
+
+    def _kept(self) -> Slot:
+        """What does not depend on who reads it."""
+        return replace(self, beyond=0, reach=None, chosen=None)
 
 
 @dataclass(frozen=True)
@@ -147,9 +166,9 @@ class Sequence(Protocol):
         """All entries that the tokens in hand may read: their own and those of other tokens."""
         ...
 
-    def readers(self, stride: int) -> Tensor:
-        """How many tokens of the global batch see at least one entry of this stride, known before the forward: a
-        scalar, by which losses of queries divide."""
+    def readers(self, first: int) -> Tensor:
+        """How many tokens of the global batch see at least one entry of a slot whose `first` is this, known before the
+        forward: a scalar, by which losses of queries divide."""
         ...
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
@@ -166,21 +185,23 @@ class Visibility:
     position: Tensor
     document: Tensor
     reach: int | None = None
+    beyond: int = 0
     aligned: bool = False
     single_document: bool = False
     block_mask: Any = None
 
     @classmethod
-    def of(cls, entries: Entries, sequence: Sequence, reach: int | None = None) -> Visibility:
+    def of(cls, entries: Entries, sequence: Sequence, reach: int | None = None, beyond: int = 0) -> Visibility:
         return cls(
             sequence.position,
             sequence.document,
             entries.position,
             entries.document,
             reach,
-            entries.aligned,
+            beyond,
+            entries.aligned and not beyond,
             sequence.single_document,
-            sequence.block_masks.get(reach) if entries.aligned else None,
+            sequence.block_masks.get(reach) if entries.aligned and not beyond else None,
         )
 
     def queries(self, start: int, stop: int) -> Visibility:
@@ -197,7 +218,7 @@ class Visibility:
         """[B, S, T], True where visible."""
         distance = self.query_position[:, :, None] - self.position[:, None, :]
         same = self.query_document[:, :, None] == self.document[:, None, :]
-        visible = same & (self.document[:, None, :] != NOTHING) & (distance >= 0)
+        visible = same & (self.document[:, None, :] != NOTHING) & (distance >= self.beyond)
         return visible if self.reach is None else visible & (distance < self.reach)
 
 
@@ -210,24 +231,30 @@ def visible_pairs(slot: Slot, queries: int, context: int) -> float:
     the rule of visibility lets through, or the chosen ones of these."""
     if slot.chosen is not None:
         # the entries of the last `chosen` strides are as many as are chosen
-        slot = replace(slot, reach=slot.chosen * slot.stride, chosen=None)
+        slot = replace(slot, reach=slot.beyond + slot.chosen * slot.stride, chosen=None)
     return float(_visible_before(slot, context) - _visible_before(slot, context - queries))
 
 
 def all_pairs(slot: Slot, queries: int, context: int) -> float:
-    """Every query with every entry, as a plain implementation that masks afterwards computes them."""
-    entries = context // slot.stride
-    return float(queries * (entries if slot.chosen is None else min(entries, slot.chosen)))
+    """Every query with every place where an entry may stand, as a plain implementation that masks afterwards computes
+    them."""
+    bounds = [bound for bound in (slot.limit, slot.chosen) if bound is not None]
+    return float(queries * min([-(-context // slot.stride), *bounds]))
 
 
 def _visible_before(slot: Slot, tokens: int) -> int:
-    """Sum over t < tokens of the entries that query t reads: those that end by t, less those that end by t − reach."""
+    """Sum over t < tokens of the entries that query t reads: those that end by t − beyond, less those that end by
+    t − reach."""
 
     def ended(queries: int) -> int:
-        blocks, rest = divmod(max(queries, 0), slot.stride)
-        return slot.stride * blocks * (blocks - 1) // 2 + blocks * (rest + 1)
+        seeing = max(0, queries - slot.first + 1)
+        growing = seeing if slot.limit is None else min(seeing, slot.limit * slot.stride)
+        strides, rest = divmod(growing, slot.stride)
+        # of the queries that see n entries there are `stride`, for each n; those beyond the limit all see as many
+        counted = slot.stride * strides * (strides + 1) // 2 + rest * (strides + 1)
+        return counted + (seeing - growing) * (slot.limit or 0)
 
-    return ended(tokens) - (0 if slot.reach is None else ended(tokens - slot.reach))
+    return ended(tokens - slot.beyond) - (0 if slot.reach is None else ended(tokens - slot.reach))
 
 
 @dataclass(frozen=True)

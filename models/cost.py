@@ -83,17 +83,18 @@ def parameters_by_part(model: Model) -> dict[str, int]:
 def written_slots(model: Model, *, naive: bool = False, shared: bool = True) -> list[Slot]:
     """The slots of every layer that writes a state of its own.
 
-    naive: as an engine without windows holds them, which keeps every entry though none beyond its reach is read.
-    shared: False for the slots of every layer, as if none read another's state.
+    naive: as an engine without windows holds them, which keeps every entry though none beyond its reach is read; and so
+    needs no slot for what is read beyond a window. shared: False for the slots of every layer, as if none read
+    another's state.
     """
     slots = [slot for attention in model.attentions() if attention.writes or not shared for slot in attention.slots()]
-    return [replace(slot, reach=None) for slot in slots] if naive else slots
+    return [replace(slot, reach=None) for slot in slots if not slot.beyond] if naive else slots
 
 
 def kv_bytes_per_token(model: Model, store: Storage = AS_DECLARED, *, naive: bool = False) -> float:
-    """Bytes by which the cache grows with each further token: entries read without a limit. Windows and tails do not
+    """Bytes by which the cache grows with each further token: entries without a bound. Windows and tails do not
     grow. naive: see written_slots."""
-    growing = [s for s in written_slots(model, naive=naive) if s.kind == "entry" and s.reach is None]
+    growing = [slot for slot in written_slots(model, naive=naive) if slot.grows]
     return sum(store.bytes(slot) / slot.stride for slot in growing)
 
 
@@ -106,7 +107,7 @@ def kv_bytes(
     """
     total = {"entries": 0.0, "windows": 0.0, "tails": 0.0}
     for slot in written_slots(model, naive=naive, shared=shared):
-        kind = "tails" if slot.kind == "tail" else "entries" if slot.reach is None else "windows"
+        kind = "tails" if slot.kind == "tail" else "entries" if slot.grows else "windows"
         total[kind] += slot.entries(context) * store.bytes(slot)
     return total | {"total": sum(total.values())}
 

@@ -125,6 +125,10 @@ def gqa(**changes: Any) -> Plan:
     return {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 6, **changes}
 
 
+def anchors(**changes: Any) -> Plan:
+    return {**gqa(window=5, first=2, stride=3), "scheme": "anchors", **changes}
+
+
 def tied_kv(**changes: Any) -> Plan:
     return {"scheme": "tied_kv", "heads": 4, "kv_heads": 2, "head_dim": 6, "scale": 1.0, **changes}
 
@@ -216,6 +220,10 @@ TABLE: dict[str, Row] = {
     ),
     "gqa gate": Row((layer(gqa(gate="head")), layer(gqa(heads=6, gate="head"), reads=-1))),
     "gqa gate by element": Row((layer(gqa(gate="element", qk_norm=True, rope_dim=4, rope=YARN)),)),
+    "anchors": Row((layer(anchors()),)),
+    "anchors beyond the window, shared": Row(
+        (layer(anchors(window=2, first=5, stride=4)), layer(anchors(window=2, first=5, stride=4, heads=6), reads=0))
+    ),
     "tied_kv gate": Row((layer(tied_kv(gate="head", rope_dim=2)),)),
     "tied_kv": Row((layer(tied_kv()), layer(tied_kv(window=5, bias=True)))),
     "tied_kv values": Row((layer(tied_kv(keeps="value", window=5)), layer(tied_kv(keeps="value")))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,19 +192,36 @@ def test_a_decode_step_of_mla_holds_no_heads_of_the_past(core: Any) -> None:
     assert not heads & {math.prod(shape) for shape in step.shapes}
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, 4])
-@pytest.mark.parametrize("reach", [None, 1, 2, 3, 5, 8])
-def test_visible_pairs_are_counted(stride: int, reach: int | None) -> None:
-    slot = Slot("counted", (), stride=stride, span=stride, reach=reach)
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("reach", [None, 4, 5, 8])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param({"origin": -1}, id="whole blocks"),
+        pytest.param({"span": 3}, id="span 3"),
+        pytest.param({"span": 5, "origin": 2}, id="span 5 from 2"),
+        pytest.param({"limit": 2}, id="the first two"),
+        pytest.param({"origin": 1, "beyond": 1}, id="beyond 1"),
+        pytest.param({"limit": 3, "span": 2, "beyond": 4}, id="the first three beyond 4"),
+    ],
+)
+def test_entries_and_visible_pairs_are_counted(stride: int, reach: int | None, rest: dict[str, Any]) -> None:
+    span = rest.get("span", stride + 1)
+    slot = Slot("counted", (), stride=stride, **{**rest, "span": span}, reach=reach)
+
+    def ends(context: int) -> list[int]:
+        return list(range(slot.origin + span - 1, context, stride))[: slot.limit]
 
     def count(queries: int, context: int) -> int:
-        ends = range(stride - 1, context, stride)
-        return sum(e <= t and (reach is None or t - e < reach) for t in range(context - queries, context) for e in ends)
+        far = math.inf if reach is None else reach
+        return sum(slot.beyond <= t - e < far for t in range(context - queries, context) for e in ends(context))
 
     for context in range(1, 20):
+        assert replace(slot, reach=None).entries(context) == len(ends(context))
         for queries in (1, (context + 1) // 2, context):
             assert visible_pairs(slot, queries, context) == count(queries, context)
-            assert all_pairs(slot, queries, context) == queries * len(range(stride - 1, context, stride))
+            places = len(range(0, context, stride))
+            assert all_pairs(slot, queries, context) == queries * min(places, slot.limit or places)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from models.model import Losses, Model
 from models.parameter import ROLES, named_specs
 from models.sequence import Whole
 from parallel.recompute import recompute
-from tests.schemes import ROWS, VOCAB, Plan, Row, gqa, hca, layer, mla, packed, tokens
+from tests.schemes import ROWS, VOCAB, Plan, Row, anchors, gqa, hca, layer, mla, packed, tokens
 from tests.sharded import Form, in_shards
 from tests.watch import Watch
 
@@ -212,7 +212,7 @@ def test_declared_bytes_are_measured(row: Row) -> None:
 @every_row
 def test_a_cache_grows_linearly_or_not_at_all(row: Row) -> None:
     """Allocated, from 4,096 tokens on: with exponent 1 where anything is read back to the start, 0 where nothing is."""
-    endless = any(slot.kind == "entry" and slot.reach is None for slot in row.slots())
+    endless = any(slot.grows for slot in row.slots())
     with torch.device("meta"):
         assert cost.growth_exponent(Model(row.config())) == pytest.approx(float(endless), abs=0.02)
 
@@ -251,7 +251,7 @@ def test_a_step_of_decode_expands_nothing(row: Row) -> None:
     with Watch() as watch:
         advance(model, cache, ids[:, -1:])
     for slot in row.slots():
-        if slot.kind == "entry" and slot.reach is None:
+        if slot.grows:
             beside = [other for other in row.slots() if other.entries(length) == slot.entries(length)]
             widest = max(MOST_HEADS, *map(_given_to_each_head, beside))
             over_entries = [shape for shape in watch.shapes if slot.entries(length) in shape]
@@ -374,7 +374,15 @@ def test_compiled(row: Row) -> None:
     )
 
 
-NARROWER = Row((layer(gqa(window=5)), layer(gqa(window=3), reads=-1), layer(gqa(window=5), reads=0)))
+NARROWER = Row(
+    (
+        layer(gqa(window=5)),
+        layer(gqa(window=3), reads=-1),
+        layer(gqa(window=5), reads=0),
+        layer(anchors()),
+        layer(anchors(window=2), reads=-1),
+    )
+)
 
 
 def test_a_reader_may_look_less_far_than_its_writer() -> None:
@@ -391,6 +399,8 @@ def test_a_reader_may_look_less_far_than_its_writer() -> None:
         pytest.param(gqa(window=3), gqa(window=5), id="a longer window"),
         pytest.param(gqa(window=3), gqa(), id="no window"),
         pytest.param(gqa(kv_heads=2), gqa(kv_heads=1), id="other heads"),
+        pytest.param(anchors(first=2), anchors(first=1), id="fewer first tokens"),
+        pytest.param(anchors(stride=3), anchors(stride=6), id="another stride"),
         pytest.param(mla(latent=10), mla(latent=8), id="another latent"),
         pytest.param(hca(rate=4), hca(rate=3), id="another rate"),
         pytest.param(mla(), gqa(), id="another scheme"),

@@ -51,6 +51,13 @@ def drawn(whole: Whole, num_entries: int, seed: int = 0) -> tuple[Index, Tensor,
     return index, normal(rows, num_entries, 4), *heads
 
 
+def read_chosen(query: Tensor, key: Tensor, places: Tensor, rest: Tensor | None = None) -> tuple[Tensor, ...]:
+    """One KV head, whose key comes in two parts, the first of them the value. Output, log-sum-exp, mass [B, S, k]."""
+    parts = tuple(part.unsqueeze(2) for part in (key[..., :2], key[..., 2:]))
+    out, lse, mass = gathered.core(query, parts, gathered.Chosen(places.unsqueeze(2)), SCALE, rest)
+    return out, lse, mass.squeeze(2)
+
+
 def by_hand(index: Index, key: Tensor, b: int, s: int, t: int) -> Tensor:
     products = (index.query[b, s] @ key[b, t]).relu()
     return (index.weight[b, s] * products).sum()
@@ -184,7 +191,7 @@ def test_lesson_of_the_chosen_entries(
     index, key, query, main_key, beside = drawn(whole, entries.position.shape[1])
     rest = beside if joint else None
     places = choose(index, key, visibility, 3)
-    _, _, mass = gathered.core(query, (main_key[..., :2], main_key[..., 2:]), places, SCALE, rest)
+    _, _, mass = read_chosen(query, main_key, places, rest)
     attended = Attended(query, main_key.unsqueeze(2), SCALE, rest)
     lesson = teach_chosen(index, key, mass, places, attended, visibility, whole)
 
@@ -215,7 +222,7 @@ def test_recall_is_whole_when_everything_is_chosen() -> None:
     index, key, query, main_key, _ = drawn(whole, 11)
     places = choose(index, key, visibility, 11)
     attended = Attended(query, main_key.unsqueeze(2), SCALE)
-    _, _, mass = gathered.core(query, (main_key[..., :2], main_key[..., 2:]), places, SCALE)
+    _, _, mass = read_chosen(query, main_key, places)
     for lesson in (
         teach_all(index, key, attended, visibility, 11, whole),
         teach_chosen(index, key, mass, places, attended, visibility, whole),
@@ -231,7 +238,7 @@ def test_gathered_core_is_the_plain_one_under_a_mask(whole: Whole, tile: int, mo
     index, key, query, main_key, _ = drawn(whole, 11)
     visibility = Visibility.of(entries_of(whole, 1), whole)
     places = choose(index, key, visibility, 3)
-    out, lse, _ = gathered.core(query, (main_key[..., :2], main_key[..., 2:]), places, SCALE)
+    out, lse, _ = read_chosen(query, main_key, places)
 
     class Chosen(Visibility):
         def mask(self) -> Tensor:
@@ -267,7 +274,7 @@ def test_scores_are_summed_in_fp32() -> None:
     torch.testing.assert_close(scores(low, key.bfloat16()).double(), scores(index, key), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("stride", "expected"), [(1, 20), (2, 15), (4, 8), (20, 0)])
-def test_readers_are_counted_by_stride(stride: int, expected: int) -> None:
+@pytest.mark.parametrize(("first", "expected"), [(1, 20), (2, 15), (4, 8), (20, 0)])
+def test_readers_are_counted(first: int, expected: int) -> None:
     """Documents of 1, 6, 4, 7 and 2 tokens: from the last token of its first block on, a query sees an entry."""
-    assert int(packed([[1, 6, 4], [7, 2]]).readers(stride)) == expected
+    assert int(packed([[1, 6, 4], [7, 2]]).readers(first)) == expected

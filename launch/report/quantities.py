@@ -51,12 +51,13 @@ class Footprint:
 def footprint(model: Model) -> Footprint:
     """Allocate the decode cache of a model in bf16 at two lengths and weigh it.
 
-    Both lengths are multiples of every stride, and fill every window, so that the difference is the growth alone.
+    Both lengths fill every window and limit, and differ by a multiple of every stride, so that the difference is the
+    growth alone.
     """
     slots = [slot for slot in cost.written_slots(model) if slot.kind == "entry"]
     stride = math.lcm(*(slot.stride for slot in slots)) if slots else 1
-    window = max((slot.reach or 1 for slot in slots), default=1)
-    shorter = stride * math.ceil(window / stride)
+    filled = max((slot.first + (slot.reach or slot.stride * (slot.limit or 1)) for slot in slots), default=1)
+    shorter = stride * math.ceil(filled / stride)
     before, after = (Cache(model, 1, tokens).num_bytes() for tokens in (shorter, shorter + stride))
     return Footprint((after["entries"] - before["entries"]) / stride, after["windows"], after["tails"])
 

@@ -151,10 +151,11 @@ class CSA(SharedKV):
         places = selected(choose(index, key, visibility, top_k))
         beside = parts(self.core, query.heads, window, self.scale)
         attended = self._attended(query, blocks, beside)
-        chosen, lse, mass = gathered.core(query.heads, (blocks,), places, self.scale, attended.rest)
+        choice = gathered.Chosen(places.unsqueeze(2))
+        chosen, lse, mass = gathered.core(query.heads, (blocks.unsqueeze(2),), choice, self.scale, attended.rest)
         lesson = None
         if self._teaches():
-            lesson = teach_chosen(index, key, mass, places, attended, visibility, sequence)
+            lesson = teach_chosen(index, key, mass.squeeze(2), places, attended, visibility, sequence)
         return self._result(merge([*beside, (chosen, lse)], self.sink), lesson, sequence)
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:

@@ -157,15 +157,16 @@ class DSA(mla.MLA):
             return self._taught(result.y, lesson, sequence)
         places = selected(choose(index, key, visibility, top_k))
         latents = together(pieces["latent"]).parts
-        parts = latents["latent"], latents["rope"]
+        parts = latents["latent"].unsqueeze(2), latents["rope"].unsqueeze(2)
         low = self.absorb(query.main)
-        out, _, mass = gathered.core(low, parts, places, self.scale)
+        out, _, mass = gathered.core(low, parts, gathered.Chosen(places.unsqueeze(2)), self.scale)
         y = self.output(self.lift(out).flatten(-2))
         if not self._teaches():
             return Result(y)
         with torch.no_grad():
-            attended = Attended(low, torch.cat(parts, -1).unsqueeze(2), self.scale)
-        return self._taught(y, teach_chosen(index, key, mass, places, attended, visibility, sequence), sequence)
+            attended = Attended(low, torch.cat(parts, -1), self.scale)
+        lesson = teach_chosen(index, key, mass.squeeze(2), places, attended, visibility, sequence)
+        return self._taught(y, lesson, sequence)
 
     def _turned(self, x: Tensor, sequence: Sequence) -> Tensor:
         return rotate_first(self.index_rope, x, self.config.rope_dim, sequence.position)

@@ -148,12 +148,16 @@ class GQA(Attention):
         window = self.config.window
         readables = [(*self.keys_values(kv), Visibility.of(kv, sequence, window)) for kv in pieces["kv"]]
         out = read(self.core, query.heads, readables, self.scale)
+        return self.result(out, query)
+
+    def result(self, out: Tensor, query: Query) -> Result:
+        """out: [B, S, H, d], what the heads read."""
         return Result(self.output((out if query.gate is None else out * query.gate).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         projections = sum(linear.flops() for linear in self.children() if isinstance(linear, Linear))
-        per_pair = 4.0 * self.config.heads * self.config.head_dim
-        return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)
+        scored = sum(pairs(slot, queries, context) for slot in self.slots())
+        return Flops(queries * projections, scored * 4.0 * self.config.heads * self.config.head_dim)
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., n · d] to [..., n, d]."""

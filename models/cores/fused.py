@@ -66,7 +66,7 @@ def core(
 
 def prepare(sequence: Sequence, slots: list[Slot]) -> None:
     """Make the block masks of these tokens, one for each reach that a layer declares; nothing where none is needed."""
-    reaches = {slot.reach for slot in slots if slot.kind == "entry" and slot.stride == 1}
+    reaches = {slot.reach for slot in slots if slot.kind == "entry" and slot.stride == 1 and slot.limit is None}
     length = sequence.position.shape[1]
     for reach in reaches:
         if sequence.single_document and (reach is None or reach >= length):
