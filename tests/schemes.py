@@ -70,10 +70,11 @@ def tokens(num_rows: int, length: int, seed: int = 3) -> torch.Tensor:
 
 
 def packed(rows: list[list[int]]) -> Whole:
-    """Documents of these lengths, one after another in each row; the shorter rows are padded."""
+    """Documents of these lengths, one after another in each row; the shorter rows are padded. As a batch has them, in
+    int32."""
     length = max(sum(row) for row in rows)
-    position = torch.zeros(len(rows), length, dtype=torch.int64)
-    document = torch.full((len(rows), length), NOTHING)
+    position = torch.zeros(len(rows), length, dtype=torch.int32)
+    document = torch.full((len(rows), length), NOTHING, dtype=torch.int32)
     for b, row in enumerate(rows):
         start = 0
         for index, size in enumerate(row):
@@ -184,6 +185,21 @@ def csa(top_k: int = 3, **changes: Any) -> Plan:
     return {**hca(), "scheme": "csa", "indexer": indexer, **changes}
 
 
+def nsa(size: int = 4, top_k: int = 3, initial: int = 1, local: int = 1, **changes: Any) -> Plan:
+    sizes = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "value_dim": 5,
+        "hidden": 7,
+        "block": 4,
+        "stride": 2,
+        "window": 7,
+    }
+    selection = {"size": size, "top_k": top_k, "initial": initial, "local": local}
+    return {"scheme": "nsa", **sizes, "selection": selection, **changes}
+
+
 def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None, injection: Plan | None = None) -> Plan:
     return {"attention": attention, "feedforward": feedforward, "reads": reads, "injection": injection}
 
@@ -287,6 +303,9 @@ TABLE: dict[str, Row] = {
     "csa 2 top 4 window 1": Row((layer(csa(top_k=4, rate=2, window=1, groups=4, rope=YARN)),)),
     "csa 5 all chosen": Row((layer(csa(top_k=300, rate=5, window=2)),)),
     "csa shared": Row((layer(csa()), layer(csa(top_k=2, heads=2, query_latent=9), reads=-1))),
+    "nsa shared": Row((layer(nsa()), layer(nsa(top_k=4, local=2, heads=6), reads=-1))),
+    "nsa window shorter than a block": Row((layer(nsa(size=6, top_k=2, block=6, stride=3, window=5, kv_heads=4)),)),
+    "nsa all chosen": Row((layer(nsa(top_k=300, local=2, block=2, stride=2, kv_heads=1)),)),
     "v4": Row((layer(swa(), HASHED), layer(csa(), SQRT_SOFTPLUS), layer(hca(rate=8), SQRT_SOFTPLUS)), MHC),
     "mhc gqa": Row((layer(gqa(), SOFTMAX), layer(gqa(window=5))), MHC),
     "mhc mixed": Row((layer(hca(), SIGMOID), layer(mla()), layer(hca(heads=2), reads=0)), MHC),

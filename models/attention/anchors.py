@@ -64,8 +64,8 @@ class Anchors(gqa.GQA):
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__(config, width, writes)
-        (window,) = super().slots()
-        self.window, anchor = window, replace(window, reach=None, beyond=window.reach or 0)
+        (kv,) = super().slots()
+        self.window, anchor = replace(kv, name="window"), replace(kv, reach=None, beyond=kv.reach or 0)
         self.first = replace(anchor, name="first", limit=config.first) if config.first else None
         self.strided: Slot | None = None
         if config.stride is not None:
@@ -76,10 +76,11 @@ class Anchors(gqa.GQA):
         return tuple(slot for slot in (self.window, self.first, self.strided) if slot is not None)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[gqa.Query, State]:
-        query, state = super().compress(x, sequence)
+        query, kv = super().compress(x, sequence)
         if not self.writes:
-            return query, state
-        tokens = state[self.window.name]
+            return query, {}
+        (tokens,) = kv.values()
+        state = {self.window.name: tokens}
         if self.first is not None:
             document = torch.where(sequence.position < self.config.first, sequence.document, NOTHING)
             state[self.first.name] = Entries(tokens.parts, sequence.position, document)

@@ -112,5 +112,14 @@ def _slot_words(slot: dict[str, Any]) -> str:
     if slot["kind"] == "tail":
         return f"{slot['name']}: {parts}, {slot['entry_bytes']:,.0f} bytes a row, the last {slot['rows']} rows"
     every = "a token" if slot["stride"] == 1 else f"for each {slot['stride']} tokens"
-    reach = "" if slot["reach"] is None else f", read {slot['reach']} tokens back"
-    return f"{slot['name']}: {parts}, {slot['entry_bytes']:,.0f} bytes {every}{reach}"
+    if slot["span"] > slot["stride"]:
+        every += f", made of {slot['span']}"
+    if slot["limit"] is not None:
+        every += f", the first {slot['limit']}"
+    if slot["beyond"]:
+        every += f", read from {slot['beyond']} tokens back on"
+    if slot["reach"] is not None:
+        every += f", read {slot['reach']} tokens back"
+    if slot["chosen"] is not None:
+        every += f", {slot['chosen']} read at most"
+    return f"{slot['name']}: {parts}, {slot['entry_bytes']:,.0f} bytes {every}"

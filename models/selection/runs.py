@@ -49,11 +49,12 @@ class Runs(NamedTuple):
 def find(entries: Entries, first: Tensor, length: int, sequence: Sequence, beyond: int = 0) -> Runs:
     """Runs of `length` positions from `first` [B, S, K, n] on (none where NOWHERE), up to `beyond` tokens before the
     query. entries: of single tokens, at least one."""
-    rank = entries.document * DOCUMENT + entries.position
+    first = first.long()
+    rank = entries.document.long() * DOCUMENT + entries.position
     rank, order = torch.where(entries.document == NOTHING, torch.iinfo(torch.int64).max, rank).sort(1)
     last = (first + length - 1).minimum((sequence.position - beyond)[:, :, None, None])
     last = torch.where(first == NOWHERE, NOWHERE, last)
-    base = (sequence.document * DOCUMENT)[:, :, None, None]
+    base = (sequence.document.long() * DOCUMENT)[:, :, None, None]
 
     def ranked(position: Tensor, *, right: bool) -> Tensor:
         return torch.searchsorted(rank, (base + position).flatten(1), right=right).view_as(first)

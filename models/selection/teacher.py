@@ -46,6 +46,10 @@ class Attended:
     def mass(self, mask: Tensor) -> Tensor:
         """Probability of each entry where `mask` [B, S, T] is True, summed over heads. Returns [B, S, T]; holds
         [B, H, S, T]."""
+        return self.mass_of_kv_heads(mask).sum(1)
+
+    def mass_of_kv_heads(self, mask: Tensor) -> Tensor:
+        """The same, summed over the query heads of each KV head. Returns [B, K, S, T]."""
         length, num_kv_heads = self.query.shape[1], self.key.shape[2]
         q_BKNd = self.query.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         logits = (q_BKNd @ self.key.permute(0, 2, 3, 1)).to(full_precision(self.query.dtype)) * self.scale
@@ -54,7 +58,8 @@ class Attended:
         if self.rest is not None:
             lse = torch.logaddexp(lse, self.rest.transpose(1, 2).to(lse.dtype))
         # -inf - -inf is NaN: a query that sees nothing is measured against 0 instead
-        return torch.exp(logits - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).sum(1)
+        mass = torch.exp(logits - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None])
+        return mass.unflatten(1, (num_kv_heads, -1)).sum(2)
 
 
 def divergence(student: Tensor, mass: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
