@@ -166,8 +166,8 @@ class Cached:
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
         return {name: [self.cache.stores[self.layer, name].append(entries)] for name, entries in state.items()}
 
-    def readers(self, first: int) -> Tensor:
-        return local_readers(self.position, self.document, first)
+    def readers(self, lead: int) -> Tensor:
+        return local_readers(self.position, self.document, lead)
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         return value.detach()

@@ -121,7 +121,7 @@ def entry_ends(sequence: Sequence, slot: Slot) -> Tensor:
 
     Documents start anew, so the number of entries differs from row to row; the shape does not.
     """
-    since_first = sequence.position - (slot.first - 1)
+    since_first = sequence.position - (slot.lead - 1)
     num_rows, length = since_first.shape
     places = -(-length // slot.stride)
     ends = (since_first >= 0) & (since_first % slot.stride == 0) & (sequence.document != NOTHING)

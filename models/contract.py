@@ -80,7 +80,7 @@ class Slot:
     rows: int = 0
 
     @property
-    def first(self) -> int:
+    def lead(self) -> int:
         """Tokens that a document needs for its first entry; the next comes `stride` tokens later."""
         return self.origin + self.span
 
@@ -93,7 +93,7 @@ class Slot:
         """How many entries (or tail rows) `tokens` tokens of one document leave in a cache."""
         if self.kind == "tail":
             return self.rows
-        complete = max(0, (tokens - self.first) // self.stride + 1)
+        complete = max(0, (tokens - self.lead) // self.stride + 1)
         held = complete if self.limit is None else min(complete, self.limit)
         return held if self.reach is None else min(held, -(-self.reach // self.stride))
 
@@ -166,8 +166,8 @@ class Sequence(Protocol):
         """All entries that the tokens in hand may read: their own and those of other tokens."""
         ...
 
-    def readers(self, first: int) -> Tensor:
-        """How many tokens of the global batch see at least one entry of a slot whose `first` is this, known before the
+    def readers(self, lead: int) -> Tensor:
+        """How many tokens of the global batch see at least one entry of a slot with this `lead`, known before the
         forward: a scalar, by which losses of queries divide."""
         ...
 
@@ -247,7 +247,7 @@ def _visible_before(slot: Slot, tokens: int) -> int:
     t − reach."""
 
     def ended(queries: int) -> int:
-        seeing = max(0, queries - slot.first + 1)
+        seeing = max(0, queries - slot.lead + 1)
         growing = seeing if slot.limit is None else min(seeing, slot.limit * slot.stride)
         strides, rest = divmod(growing, slot.stride)
         # of the queries that see n entries there are `stride`, for each n; those beyond the limit all see as many

@@ -22,7 +22,7 @@ class Whole:
         counts: dict[str, Tensor] | None = None,
         readers: dict[int, Tensor] | None = None,
     ) -> None:
-        """position, document: [B, S] integers. counts, and readers by `first`, default to those of these rows alone."""
+        """position, document: [B, S] integers. counts, and readers by `lead`, default to those of these rows alone."""
         self.position = position
         self.document = document
         self.single_document = single_document
@@ -47,8 +47,8 @@ class Whole:
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
         return {name: [entries] for name, entries in state.items()}
 
-    def readers(self, first: int) -> Tensor:
-        return local_readers(self.position, self.document, first) if self._readers is None else self._readers[first]
+    def readers(self, lead: int) -> Tensor:
+        return local_readers(self.position, self.document, lead) if self._readers is None else self._readers[lead]
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
         return value.detach()
@@ -64,7 +64,7 @@ def local_counts(position: Tensor) -> dict[str, Tensor]:
     return {"tokens": scalar(batch * length), "sequences": scalar(batch)}
 
 
-def local_readers(position: Tensor, document: Tensor, first: int) -> Tensor:
-    """How many of the tokens [B, S] in hand see an entry of a slot whose first one needs `first` tokens: those at or
+def local_readers(position: Tensor, document: Tensor, lead: int) -> Tensor:
+    """How many of the tokens [B, S] in hand see an entry of a slot whose first one needs `lead` tokens: those at or
     after its end."""
-    return ((position >= first - 1) & (document != NOTHING)).sum()
+    return ((position >= lead - 1) & (document != NOTHING)).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from models.contract import NOTHING, Entries, Visibility
 from models.cores import gathered, plain
 from models.selection import index as indexing
-from models.selection import teacher
+from models.selection import ranges, teacher
 from models.selection.index import Index, choose, present, scores
 from models.selection.teacher import Attended, divergence, teach_all, teach_chosen
 from models.selection.top import NOWHERE, top
@@ -258,6 +259,25 @@ def test_gathered_core_is_the_plain_one_under_a_mask(whole: Whole, tile: int, mo
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("beyond", [0, 2])
+def test_ranges_are_found_wherever_their_entries_lie(beyond: int) -> None:
+    """Entries in any order, some dropped: of each range what is there, of the query's document, not too near."""
+    generator = torch.Generator().manual_seed(0)
+    whole = packed([[1, 6, 9, 2], [7, 4, 1]])
+    order = torch.stack([torch.randperm(18, generator=generator)[:15] for _ in range(2)])
+    entries = Entries({}, whole.position.gather(1, order), whole.document.gather(1, order))
+    first = torch.randint(-1, 8, (2, 18, 2, 3), generator=generator)
+    places = ranges.find(entries, first, 3, whole, beyond).places()
+    for b, s, k in itertools.product(range(2), range(18), range(2)):
+        wanted = []
+        for begin in first[b, s, k].tolist():
+            for position in range(begin, begin + 3) if begin != NOWHERE else ():
+                there = (entries.document[b] == whole.document[b, s]) & (entries.position[b] == position)
+                if position <= whole.position[b, s] - beyond and whole.document[b, s] != NOTHING:
+                    wanted += there.nonzero().flatten().tolist()
+        assert [place for place in places[b, s, k].tolist() if place != NOWHERE] == wanted
+
+
 def test_a_query_with_no_candidate_is_worth_nothing_and_nan_of_nothing() -> None:
     student = torch.tensor([[[1.0, math.inf, 2.0], [math.nan, 0.0, 0.0]]])
     mass = torch.tensor([[[0.5, 7.0, 0.25], [1.0, 1.0, 1.0]]])
@@ -274,7 +294,7 @@ def test_scores_are_summed_in_fp32() -> None:
     torch.testing.assert_close(scores(low, key.bfloat16()).double(), scores(index, key), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("first", "expected"), [(1, 20), (2, 15), (4, 8), (20, 0)])
-def test_readers_are_counted(first: int, expected: int) -> None:
+@pytest.mark.parametrize(("lead", "expected"), [(1, 20), (2, 15), (4, 8), (20, 0)])
+def test_readers_are_counted(lead: int, expected: int) -> None:
     """Documents of 1, 6, 4, 7 and 2 tokens: from the last token of its first block on, a query sees an entry."""
-    assert int(packed([[1, 6, 4], [7, 2]]).readers(first)) == expected
+    assert int(packed([[1, 6, 4], [7, 2]]).readers(lead)) == expected

@@ -56,7 +56,7 @@ def footprint(model: Model) -> Footprint:
     """
     slots = [slot for slot in cost.written_slots(model) if slot.kind == "entry"]
     stride = math.lcm(*(slot.stride for slot in slots)) if slots else 1
-    filled = max((slot.first + (slot.reach or slot.stride * (slot.limit or 1)) for slot in slots), default=1)
+    filled = max((slot.lead + (slot.reach or slot.stride * (slot.limit or 1)) for slot in slots), default=1)
     shorter = stride * math.ceil(filled / stride)
     before, after = (Cache(model, 1, tokens).num_bytes() for tokens in (shorter, shorter + stride))
     return Footprint((after["entries"] - before["entries"]) / stride, after["windows"], after["tails"])

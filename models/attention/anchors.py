@@ -29,7 +29,7 @@ from models.contract import (
 )
 from models.cores import gathered
 from models.cores.merge import Partial, merge, parts
-from models.selection import runs
+from models.selection import ranges
 from models.selection.index import together
 
 
@@ -104,7 +104,7 @@ class Anchors(gqa.GQA):
         """By their places: among packed documents any token may be a first one, and a dense look would cost all."""
         start = sequence.position.new_zeros(*sequence.position.shape, 1, 1)
         length = min(self.config.first, tokens.position.shape[1])
-        choice = runs.find(tokens, start, length, sequence, slot.beyond)
+        choice = ranges.find(tokens, start, length, sequence, slot.beyond)
         key, value = self.keys_values(tokens)
         out, lse, _ = gathered.core(heads, (key,), choice, self.scale, value=value)
         return out, lse

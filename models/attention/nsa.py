@@ -44,7 +44,7 @@ from models.cores.merge import Core, read
 from models.linear import Linear, full_precision
 from models.parameter import Module
 from models.rope import Rope
-from models.selection import blocks, runs, selected
+from models.selection import blocks, ranges, selected
 from models.selection.blocks import BlockChoice
 from models.selection.index import together
 from models.selection.teacher import Attended
@@ -213,7 +213,7 @@ class NSA(Attention):
         attended = Attended(heads, entries.parts["key"], self.scale)
         chosen = selected(blocks.choose(choice, num_blocks, attended, self.compressed, entries, sequence))
         first = torch.where(chosen == NOWHERE, NOWHERE, chosen * choice.size)
-        places = runs.find(tokens, first, choice.size, sequence)
+        places = ranges.find(tokens, first, choice.size, sequence)
         out, _, _ = gathered.core(heads, (tokens.parts["key"],), places, self.scale, value=tokens.parts["value"])
         return out
 

@@ -70,7 +70,7 @@ class Engine:
         core = importlib.import_module(f"models.cores.{train.core}")
         self.prepare = getattr(core, "prepare", None)
         self.slots = [slot for attention in model.attentions() for slot in attention.slots()]
-        self.firsts = sorted({slot.first for slot in self.slots if slot.kind == "entry"})
+        self.leads = sorted({slot.lead for slot in self.slots if slot.kind == "entry"})
         for attention in model.attentions():
             attention.core = core.core
         self.model = apply(
@@ -107,11 +107,11 @@ class Engine:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
         device = self.ranks.device
         # filled on the device: copying them from the host would wait for the step before
-        own = [int(local_readers(batch.position, batch.document, first)) for first in self.firsts]
+        own = [int(local_readers(batch.position, batch.document, lead)) for lead in self.leads]
         mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0], *own)
         counts = total(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]), self.mesh)
         scored, known = counts[0].clamp_min(1), {"tokens": counts[1], "sequences": counts[2]}
-        readers = dict(zip(self.firsts, counts[3:].clamp_min(1), strict=True))
+        readers = dict(zip(self.leads, counts[3:].clamp_min(1), strict=True))
         sums = torch.zeros(2, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
         lessons: dict[int, Tensor] = {}

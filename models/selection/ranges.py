@@ -1,6 +1,6 @@
 """Neighbouring tokens of a document, found by where they stand (NSA, arXiv 2502.11089, equation 12).
 
-What is read is a few runs of positions: chosen blocks, the first tokens. Where the entries of these tokens lie among
+What is read is a few ranges of positions: chosen blocks, the first tokens. Where the entries of these tokens lie among
 all that are read is looked up by document and position, so that no layout of the entries is taken for granted: rows,
 shards in any order, a cache from which entries were dropped.
 """
@@ -19,11 +19,11 @@ DOCUMENT = 2**32
 """More than any position: document · DOCUMENT + position orders entries by document, then by position."""
 
 
-class Runs(NamedTuple):
-    """Entries of one run after another, as `cores.gathered` reads them.
+class Ranges(NamedTuple):
+    """For each query the entries of its ranges, as `cores.gathered` reads them.
 
     order: [B, T], places of the entries in order of document and position. start, stop: [B, S, K, n] into `order`.
-    length: of the longest run.
+    length: of the longest range.
     """
 
     order: Tensor
@@ -35,7 +35,7 @@ class Runs(NamedTuple):
     def size(self) -> int:
         return self.start.shape[3] * self.length
 
-    def rows(self, start: int, stop: int) -> Runs:
+    def rows(self, start: int, stop: int) -> Ranges:
         return self._replace(start=self.start[:, start:stop], stop=self.stop[:, start:stop])
 
     def places(self) -> Tensor:
@@ -46,9 +46,9 @@ class Runs(NamedTuple):
         return torch.where(there, places, NOWHERE).flatten(3)
 
 
-def find(entries: Entries, first: Tensor, length: int, sequence: Sequence, beyond: int = 0) -> Runs:
-    """Runs of `length` positions from `first` [B, S, K, n] on (none where NOWHERE), up to `beyond` tokens before the
-    query. entries: of single tokens, at least one."""
+def find(entries: Entries, first: Tensor, length: int, sequence: Sequence, beyond: int = 0) -> Ranges:
+    """Ranges of `length` positions of the query's document from `first` [B, S, K, n] on (none where NOWHERE), up to
+    `beyond` tokens before the query. entries: of single tokens, at least one."""
     first = first.long()
     rank = entries.document.long() * DOCUMENT + entries.position
     rank, order = torch.where(entries.document == NOTHING, torch.iinfo(torch.int64).max, rank).sort(1)
@@ -59,4 +59,4 @@ def find(entries: Entries, first: Tensor, length: int, sequence: Sequence, beyon
     def ranked(position: Tensor, *, right: bool) -> Tensor:
         return torch.searchsorted(rank, (base + position).flatten(1), right=right).view_as(first)
 
-    return Runs(order, ranked(first.clamp_min(0), right=False), ranked(last, right=True), length)
+    return Ranges(order, ranked(first.clamp_min(0), right=False), ranked(last, right=True), length)
