@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from models import sink
 from models.contract import Attention, Entries, Packing, Part, Sequence, Slot, Visibility, at_tokens
 from models.cores import blockwise
 from models.cores.merge import Core, Readable
@@ -60,7 +61,7 @@ class SharedKV(Attention):
         self.query_down = Linear(width, c.query_latent, ("latent", "width"))
         self.query_norm = RMSNorm(c.query_latent, c.norm_eps, "latent")
         self.query = Linear(c.query_latent, c.heads * c.head_dim, ("heads", "latent"))
-        self.declare("sink", (c.heads,), ("heads",), "sink", fp32=True)
+        sink.declare(self, c.heads)
         self.group_output = GroupedLinear(c.groups, c.heads // c.groups * c.head_dim, c.group_rank)
         self.output = Linear(c.groups * c.group_rank, width, ("width", "latent"), "output")
         if writes:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models import sink
 from models.contract import (
     Attention,
     Flops,
@@ -39,7 +40,8 @@ from models.rope import Rope, rotate_first
 class Config:
     """channel_taps, head_taps: tokens under the two convolutions. rope_dim: leading numbers of a head that are rotated.
 
-    window: tokens a query reads, itself included; null reads all. bias: in the five projections.
+    window: tokens a query reads, itself included; null reads all. bias: in the five projections. sink: see
+    models.sink.
     """
 
     heads: int
@@ -50,6 +52,7 @@ class Config:
     head_taps: int = 2
     window: int | None = None
     bias: bool = False
+    sink: bool = False
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class CCA(Attention):
     """Cached: K and V of the latent heads as they are read. Tails: rows under the convolutions, the delayed half."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
     temperature: Tensor
     writes = True
 
@@ -144,6 +148,7 @@ class CCA(Attention):
         self.convolutions = Convolutions(c.heads + c.kv_heads, c.head_dim, c.channel_taps, c.head_taps)
         self.declare("temperature", (c.kv_heads,), ("kv_heads",), "gain", fp32=True)
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
+        sink.declare(self, c.heads, wanted=c.sink)
 
     def slots(self) -> tuple[Slot, ...]:
         c = self.config
@@ -190,7 +195,7 @@ class CCA(Attention):
         readables = [
             (kv.parts["key"], kv.parts["value"], Visibility.of(kv, sequence, self.config.window)) for kv in pieces["kv"]
         ]
-        return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
+        return Result(self.output(read(self.core, query, readables, self.scale, self.sink).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         linear = (self.query, self.key, self.value_now, self.value_before, self.output)

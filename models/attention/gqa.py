@@ -2,7 +2,8 @@
 1911.02150).
 
 Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), one without a gain on
-each value head (Gemma 4), a sliding window (arXiv 2004.05150), and a gate on what is read (models.output_gate).
+each value head (Gemma 4), a sliding window (arXiv 2004.05150), a gate on what is read (models.output_gate), and a sink
+(models.sink).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from models import sink
 from models.contract import (
     Attention,
     Entries,
@@ -38,7 +40,8 @@ from models.rope import Rope, rotate_first
 @dataclass(frozen=True)
 class Config:
     """window: tokens a query reads, itself included; null reads all. bias: in all four projections. rope: null for no
-    positions. rope_dim: how many numbers of a head, its first, are rotated; null for all. gate: null for none.
+    positions. rope_dim: how many numbers of a head, its first, are rotated; null for all. gate: null for none. sink:
+    see models.sink.
 
     scale: of the scores; null for 1 / √head_dim. With another one, QK-norm's key gain starts where the scores are as
     wide as with that one, or the softmax of an untrained model would be saturated.
@@ -56,6 +59,7 @@ class Config:
     rope: Rope | None = field(default_factory=Rope)
     rope_dim: int | None = None
     gate: Kind | None = None
+    sink: bool = False
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -99,6 +103,7 @@ class GQA(Attention):
 
     core: Core = staticmethod(blockwise.core)
     key_norm: RMSNorm | Gain | None
+    sink: Tensor | None
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()
@@ -109,6 +114,7 @@ class GQA(Attention):
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
         self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
         self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
+        sink.declare(self, c.heads, wanted=c.sink)
         self.build_state()
 
     def build_state(self) -> None:
@@ -147,7 +153,7 @@ class GQA(Attention):
     def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Result:
         window = self.config.window
         readables = [(*self.keys_values(kv), Visibility.of(kv, sequence, window)) for kv in pieces["kv"]]
-        out = read(self.core, query.heads, readables, self.scale)
+        out = read(self.core, query.heads, readables, self.scale, self.sink)
         return Result(self.output((out if query.gate is None else out * query.gate).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from models import sink
 from models.contract import (
     Attention,
     Flops,
@@ -32,11 +33,12 @@ from models.rope import Rope, rotate_last
 
 @dataclass(frozen=True)
 class Config:
-    """kv_heads: number of tied states."""
+    """kv_heads: number of tied states. sink: see models.sink."""
 
     heads: int
     kv_heads: int
     head_dim: int
+    sink: bool = False
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class GTA(Attention):
     """Cached: the tied states, and the shared rotated half-head."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()
@@ -62,6 +65,7 @@ class GTA(Attention):
         self.writes, self.width, self.rope_dim, self.scale = writes, width, c.head_dim // 2, c.head_dim**-0.5
         self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.tied = Linear(width, c.kv_heads * c.head_dim, ("kv_heads", "width"))
             self.key_rope = Linear(width, self.rope_dim, ("rope_dim", "width"))
@@ -88,7 +92,7 @@ class GTA(Attention):
             shared = entries.parts["rope"].unsqueeze(2).expand(-1, -1, tied.shape[2], -1)
             key = torch.cat((tied[..., : self.rope_dim], shared), -1)
             readables.append((key, tied, Visibility.of(entries, sequence)))
-        return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
+        return Result(self.output(read(self.core, query, readables, self.scale, self.sink).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         projections = self.query.flops() + self.output.flops()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models import sink
 from models.contract import (
     Attention,
     Entries,
@@ -40,7 +41,8 @@ class Config:
     """Sizes in numbers per head, latents in numbers per token.
 
     query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the
-    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms.
+    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms. sink: see
+    models.sink.
     """
 
     heads: int
@@ -52,6 +54,7 @@ class Config:
     scale_multiplier: float = 1.0
     latent_eps: float = 1e-6
     bias: bool = False
+    sink: bool = False
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
 
     def __post_init__(self) -> None:
@@ -79,6 +82,7 @@ class MLA(Attention):
     """The latent is what is cached; heads exist only while they are read."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()
@@ -95,6 +99,7 @@ class MLA(Attention):
         # per head: nope_dim rows that make its key, then value_dim rows that make its value
         self.expansion = Linear(c.latent, c.heads * (c.nope_dim + c.value_dim), ("heads", "latent"))
         self.output = Linear(c.heads * c.value_dim, width, ("width", "heads"), "output", bias=c.bias)
+        sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             rows = (c.latent, c.rope_dim)
             self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
@@ -154,7 +159,7 @@ class MLA(Attention):
 
     def _expanded(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
         readables = [(*self.expand(entries), Visibility.of(entries, sequence)) for entries in pieces]
-        return read(self.core, torch.cat(query, -1), readables, self.scale)
+        return read(self.core, torch.cat(query, -1), readables, self.scale, self.sink)
 
     def _absorbed(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
         low = self.absorb(query)
@@ -163,7 +168,7 @@ class MLA(Attention):
             latents = self.latents(entries)
             rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, latents.shape[2], -1)
             readables.append((torch.cat((latents, rope), -1), latents, Visibility.of(entries, sequence)))
-        return self.lift(read(self.core, low, readables, self.scale))
+        return self.lift(read(self.core, low, readables, self.scale, self.sink))
 
     def absorb(self, query: Query) -> Tensor:
         """Queries that read latents as they are: [B, S, H, latent + rope_dim]."""

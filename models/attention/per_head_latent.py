@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from models import sink
 from models.contract import (
     Attention,
     Flops,
@@ -38,7 +39,7 @@ from models.rope import Rope
 class Config:
     """rank: numbers cached for each KV head's key, and for its value; head_dim / rank is the ratio of compression.
 
-    rope_dim: size of the rotated key that all heads share, 0 to rotate the latent keys.
+    rope_dim: size of the rotated key that all heads share, 0 to rotate the latent keys. sink: see models.sink.
     """
 
     heads: int
@@ -46,6 +47,7 @@ class Config:
     head_dim: int
     rank: int
     rope_dim: int = 0
+    sink: bool = False
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class PerHeadLatent(Attention):
     """Cached: a key latent and a value latent for each KV head, and the shared rotated key."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()
@@ -104,6 +107,7 @@ class PerHeadLatent(Attention):
         self.key_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
         self.value_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Linear(width, c.kv_heads * c.rank, ("kv_heads", "width"))
             self.value = Linear(width, c.kv_heads * c.rank, ("kv_heads", "width"))
@@ -144,7 +148,7 @@ class PerHeadLatent(Attention):
                 shared = entries.parts["rope"].unsqueeze(2).expand(-1, -1, key.shape[2], -1)
                 key = torch.cat((key, shared), -1)
             readables.append((key, value, Visibility.of(entries, sequence)))
-        out = read(self.core, query, readables, self.scale)
+        out = read(self.core, query, readables, self.scale, self.sink)
         return Result(self.output(self.value_expansion.from_latent(out).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from models import sink
 from models.contract import (
     Attention,
     Entries,
@@ -35,13 +36,16 @@ from models.rope import Rope
 
 @dataclass(frozen=True)
 class Config:
-    """query_rank: null for a full query projection ("KV only"). key_rank, value_rank: outer products a token keeps."""
+    """query_rank: null for a full query projection ("KV only"). key_rank, value_rank: outer products a token keeps.
+    sink: see models.sink.
+    """
 
     heads: int
     head_dim: int
     query_rank: int | None = 6
     key_rank: int = 2
     value_rank: int = 2
+    sink: bool = False
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class TPA(Attention):
     """Cached: the factors of key and value. Materialised to plain heads in training, read as factors in decode."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
     def __init__(self, config: Config, width: int, writes: bool) -> None:
         super().__init__()
@@ -88,6 +93,7 @@ class TPA(Attention):
         else:
             self.query = Factors(width, c.heads, c.head_dim, c.query_rank)
         self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Factors(width, c.heads, c.head_dim, c.key_rank)
             self.value = Factors(width, c.heads, c.head_dim, c.value_rank)
@@ -145,15 +151,18 @@ class TPA(Attention):
         for entries in pieces:
             key, value = (_heads(entries.parts[f"{n}_head"], entries.parts[f"{n}_dim"]) for n in ("key", "value"))
             readables.append((key, value, Visibility.of(entries, sequence)))
-        return read(self.core, query, readables, self.scale)
+        return read(self.core, query, readables, self.scale, self.sink)
 
     def _factorised(self, query: Tensor, pieces: list[Entries], sequence: Sequence) -> Tensor:
         """Softmax over all pieces without a key or value of T × H × head_dim: for few queries."""
-        scores = torch.cat([self._scores(query, entries, sequence) for entries in pieces], -1)
+        scores = [self._scores(query, entries, sequence) for entries in pieces]
+        sizes = [entries.position.shape[1] for entries in pieces]
+        if self.sink is not None:
+            scores.append(self.sink.to(scores[0].dtype)[:, None, None].expand_as(scores[0][..., :1]))
         # every query sees itself, or is padding that nobody reads
-        weights = torch.softmax(scores, -1).nan_to_num()
+        weights = torch.softmax(torch.cat(scores, -1), -1).nan_to_num()[..., : sum(sizes)]
         out = torch.zeros_like(query)
-        for entries, weight in zip(pieces, weights.split([e.position.shape[1] for e in pieces], -1), strict=True):
+        for entries, weight in zip(pieces, weights.split(sizes, -1), strict=True):
             by_head, by_dim = entries.parts["value_head"], entries.parts["value_dim"]
             mixed = torch.einsum("bhst,btrh->bshtr", weight.to(query.dtype), by_head)
             out = out + torch.einsum("bshtr,btrd->bshd", mixed, by_dim) / self.config.value_rank
