@@ -1,4 +1,4 @@
-"""Options that many schemes offer, against their equations: a sink in the softmax."""
+"""Options that many schemes offer, against their equations: a sink in the softmax, a grouped way out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.schema import Refused
+from models import mechanism
 from models.sequence import Whole
 from tests import schemes
 from tests.schemes import Plan
@@ -72,3 +74,52 @@ def test_a_sink_takes_its_share_in_every_scheme(plan: Plan) -> None:
     torch.testing.assert_close(read(-1e6), plain, rtol=1e-9, atol=1e-12)
     assert not read(1e6).any()
     assert not torch.allclose(read(0.0), plain, rtol=1e-3)
+
+
+OFFERED = [
+    pytest.param(schemes.gqa(bias=True), id="gqa"),
+    pytest.param(schemes.mla(heads=4), id="mla"),
+    pytest.param(schemes.gla(), id="gla"),
+    pytest.param(schemes.gta(), id="gta"),
+    pytest.param(schemes.tpa(heads=4), id="tpa"),
+    pytest.param(schemes.cca(), id="cca"),
+    pytest.param(schemes.per_head_latent(), id="per-head latent"),
+]
+
+
+@pytest.mark.parametrize("plan", OFFERED)
+def test_a_bottleneck_as_wide_as_its_heads_is_no_bottleneck(plan: Plan) -> None:
+    """Grouped, it can then be any one matrix W: each group passes its heads on, or its own columns of W at once."""
+    plain = build(plan)
+    x, sequence = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64), Whole.rows(2, LENGTH)
+    expected, matrix = run(plain, x, sequence), plain.output.weight.detach()
+    inputs = matrix.shape[1] // 2
+    identities = torch.eye(inputs).double().expand(2, -1, -1)
+    whole = torch.eye(WIDTH).double()
+    for narrow, wide in (
+        (identities, matrix),
+        (torch.stack(matrix.split(inputs, 1)), torch.cat((whole, whole), 1)),
+    ):
+        grouped = build({**plan, "output": {"groups": 2, "rank": narrow.shape[1]}})
+        weights = {name: t for name, t in plain.state_dict().items() if not name.startswith("output")}
+        weights |= {"output.narrow.weight": narrow, "output.wide.weight": wide}
+        if "bias" in plan:
+            weights["output.wide.bias"] = plain.output.bias
+        grouped.load_state_dict(weights)
+        torch.testing.assert_close(run(grouped, x, sequence), expected, rtol=1e-10, atol=1e-10)
+        matrices = 2.0 * narrow.numel() + 2.0 * wide.numel()
+        assert grouped.flops(1, 1).total - plain.flops(1, 1).total == matrices - 2.0 * matrix.numel()
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        pytest.param({"groups": 3, "rank": 4}, "multiple of output.groups", id="heads over groups"),
+        pytest.param({"groups": 2, "rank": 0}, "must be positive", id="no rank"),
+        pytest.param({"groups": 2}, "rank is missing", id="a rank left out"),
+    ],
+)
+@pytest.mark.parametrize("plan", [schemes.gqa(), schemes.swa()], ids=["gqa", "swa"])
+def test_a_grouping_that_cannot_be_is_refused(plan: Plan, output: dict[str, int], words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        mechanism.config_of("attention", {**plan, "output": output}, "row")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import sink
+from models import output, sink
 from models.contract import (
     Attention,
     Flops,
@@ -32,6 +32,7 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear, full_precision
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope, rotate_first
 
@@ -41,7 +42,7 @@ class Config:
     """channel_taps, head_taps: tokens under the two convolutions. rope_dim: leading numbers of a head that are rotated.
 
     window: tokens a query reads, itself included; null reads all. bias: in the five projections. sink: see
-    models.sink.
+    models.sink. output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -53,6 +54,7 @@ class Config:
     window: int | None = None
     bias: bool = False
     sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class Config:
             raise ValueError(f"rope_dim ({self.rope_dim}) must be even and at most head_dim ({self.head_dim})")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1, the query itself; null is no window")
+        if self.output is not None:
+            self.output.check(self.heads)
 
     def build(self, width: int, *, writes: bool = True) -> CCA:
         if not writes:
@@ -147,7 +151,7 @@ class CCA(Attention):
         self.value_before = Linear(width, keys // 2, ("kv_heads", "width"), bias=c.bias)
         self.convolutions = Convolutions(c.heads + c.kv_heads, c.head_dim, c.channel_taps, c.head_taps)
         self.declare("temperature", (c.kv_heads,), ("kv_heads",), "gain", fp32=True)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
+        self.output = output.build(c.output, c.heads * c.head_dim, width, bias=c.bias)
         sink.declare(self, c.heads, wanted=c.sink)
 
     def slots(self) -> tuple[Slot, ...]:

@@ -2,8 +2,8 @@
 1911.02150).
 
 Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), one without a gain on
-each value head (Gemma 4), a sliding window (arXiv 2004.05150), a gate on what is read (models.output_gate), and a sink
-(models.sink).
+each value head (Gemma 4), a sliding window (arXiv 2004.05150), a gate on what is read (models.output_gate), a sink
+(models.sink), and a grouped output (models.output).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models import sink
+from models import output, sink
 from models.contract import (
     Attention,
     Entries,
@@ -33,6 +33,7 @@ from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
 from models.norm import Gain, RMSNorm, unit_rms
+from models.output import Grouped, GroupedOutput
 from models.output_gate import Kind, OutputGate
 from models.rope import Rope, rotate_first
 
@@ -41,7 +42,7 @@ from models.rope import Rope, rotate_first
 class Config:
     """window: tokens a query reads, itself included; null reads all. bias: in all four projections. rope: null for no
     positions. rope_dim: how many numbers of a head, its first, are rotated; null for all. gate: null for none. sink:
-    see models.sink.
+    see models.sink. output: null for one matrix, see models.output.
 
     scale: of the scores; null for 1 / √head_dim. With another one, QK-norm's key gain starts where the scores are as
     wide as with that one, or the softmax of an untrained model would be saturated.
@@ -60,6 +61,7 @@ class Config:
     rope_dim: int | None = None
     gate: Kind | None = None
     sink: bool = False
+    output: Grouped | None = None
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -81,6 +83,8 @@ class Config:
             raise ValueError(
                 f"window ({self.window}) must be at least 1, the query itself; leave it null for no window"
             )
+        if self.output is not None:
+            self.output.check(self.heads)
 
     @property
     def rotated_dim(self) -> int:
@@ -111,7 +115,7 @@ class GQA(Attention):
         self.writes, self.width = writes, width
         self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
         self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
+        self.output = output.build(c.output, c.heads * c.head_dim, width, bias=c.bias)
         self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
         self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
         sink.declare(self, c.heads, wanted=c.sink)
@@ -157,7 +161,7 @@ class GQA(Attention):
         return Result(self.output((out if query.gate is None else out * query.gate).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        projections = sum(linear.flops() for linear in self.children() if isinstance(linear, Linear))
+        projections = sum(part.flops() for part in self.children() if isinstance(part, Linear | GroupedOutput))
         per_pair = 4.0 * self.config.heads * self.config.head_dim
         return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models import sink
+from models import output, sink
 from models.contract import (
     Attention,
     Flops,
@@ -28,17 +28,19 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
+from models.output import Grouped
 from models.rope import Rope, rotate_last
 
 
 @dataclass(frozen=True)
 class Config:
-    """kv_heads: number of tied states. sink: see models.sink."""
+    """kv_heads: number of tied states. sink: see models.sink. output: null for one matrix, see models.output."""
 
     heads: int
     kv_heads: int
     head_dim: int
     sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class Config:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 4:
             raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 4: half of a key is rotated in pairs")
+        if self.output is not None:
+            self.output.check(self.heads)
 
     def build(self, width: int, *, writes: bool = True) -> GTA:
         return GTA(self, width, writes)
@@ -64,7 +68,7 @@ class GTA(Attention):
         c = self.config = config
         self.writes, self.width, self.rope_dim, self.scale = writes, width, c.head_dim // 2, c.head_dim**-0.5
         self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        self.output = output.build(c.output, c.heads * c.head_dim, width)
         sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.tied = Linear(width, c.kv_heads * c.head_dim, ("kv_heads", "width"))

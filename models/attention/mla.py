@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models import sink
+from models import output, sink
 from models.contract import (
     Attention,
     Entries,
@@ -33,6 +33,7 @@ from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
 from models.norm import RMSNorm
+from models.output import Grouped
 from models.rope import Rope
 
 
@@ -42,7 +43,7 @@ class Config:
 
     query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the
     softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms. sink: see
-    models.sink.
+    models.sink. output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -55,6 +56,7 @@ class Config:
     latent_eps: float = 1e-6
     bias: bool = False
     sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class Config:
             raise ValueError(
                 f"query_latent ({self.query_latent}) must be positive; leave it null for a full-rank query"
             )
+        if self.output is not None:
+            self.output.check(self.heads)
 
     def build(self, width: int, *, writes: bool = True) -> MLA:
         return MLA(self, width, writes)
@@ -98,7 +102,7 @@ class MLA(Attention):
             self.query = Linear(c.query_latent, c.heads * per_head, ("heads", "latent"))
         # per head: nope_dim rows that make its key, then value_dim rows that make its value
         self.expansion = Linear(c.latent, c.heads * (c.nope_dim + c.value_dim), ("heads", "latent"))
-        self.output = Linear(c.heads * c.value_dim, width, ("width", "heads"), "output", bias=c.bias)
+        self.output = output.build(c.output, c.heads * c.value_dim, width, bias=c.bias)
         sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             rows = (c.latent, c.rope_dim)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models import sink
+from models import output, sink
 from models.contract import (
     Attention,
     Flops,
@@ -31,6 +31,7 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope
 
@@ -40,6 +41,7 @@ class Config:
     """rank: numbers cached for each KV head's key, and for its value; head_dim / rank is the ratio of compression.
 
     rope_dim: size of the rotated key that all heads share, 0 to rotate the latent keys. sink: see models.sink.
+    output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -48,6 +50,7 @@ class Config:
     rank: int
     rope_dim: int = 0
     sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class Config:
         rotated, name = (self.rope_dim, "rope_dim") if self.rope_dim else (self.rank, "rank, which is rotated,")
         if self.rope_dim < 0 or rotated % 2:
             raise ValueError(f"{name} ({rotated}) must be even and not negative")
+        if self.output is not None:
+            self.output.check(self.heads)
 
     def build(self, width: int, *, writes: bool = True) -> PerHeadLatent:
         return PerHeadLatent(self, width, writes)
@@ -106,7 +111,7 @@ class PerHeadLatent(Attention):
         self.query = Linear(width, c.heads * (c.head_dim + c.rope_dim), ("heads", "width"))
         self.key_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
         self.value_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        self.output = output.build(c.output, c.heads * c.head_dim, width)
         sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Linear(width, c.kv_heads * c.rank, ("kv_heads", "width"))

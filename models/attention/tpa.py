@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models import sink
+from models import output, sink
 from models.contract import (
     Attention,
     Entries,
@@ -30,6 +30,7 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear, full_precision
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope
 
@@ -37,7 +38,7 @@ from models.rope import Rope
 @dataclass(frozen=True)
 class Config:
     """query_rank: null for a full query projection ("KV only"). key_rank, value_rank: outer products a token keeps.
-    sink: see models.sink.
+    sink: see models.sink. output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -46,6 +47,7 @@ class Config:
     key_rank: int = 2
     value_rank: int = 2
     sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class Config:
             raise ValueError(f"query_rank ({self.query_rank}) must be positive; null is a full query projection")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated")
+        if self.output is not None:
+            self.output.check(self.heads)
 
     def build(self, width: int, *, writes: bool = True) -> TPA:
         return TPA(self, width, writes)
@@ -92,7 +96,7 @@ class TPA(Attention):
             self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
         else:
             self.query = Factors(width, c.heads, c.head_dim, c.query_rank)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        self.output = output.build(c.output, c.heads * c.head_dim, width)
         sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Factors(width, c.heads, c.head_dim, c.key_rank)
