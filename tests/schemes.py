@@ -232,11 +232,11 @@ TABLE: dict[str, Row] = {
     "mla query-latent grouped output": Row(
         (layer(mla(heads=4, query_latent=7, bias=True, scale_multiplier=1.3, rope=YARN, output=GROUPED)),)
     ),
-    "mla narrow latent": Row((layer(mla(latent=3, value_dim=8)),)),
+    "mla narrow latent rescaled": Row((layer(mla(latent=3, value_dim=8, query_latent=7, rescale=True)),)),
     "dsa": Row((layer(dsa()),)),
     "dsa interleaved yarn sink": Row((layer(dsa(top_k=3, pairing="interleaved", bias=True, rope=YARN, sink=True)),)),
     "dsa fp8 index": Row((layer(dsa(format="fp8")),)),
-    "dsa all chosen": Row((layer(dsa(top_k=2000)),)),
+    "dsa all chosen rescaled": Row((layer(dsa(top_k=2000, rescale=True)),)),
     "hca 4 window 5": Row((layer(hca()),)),
     "hca 3 window 7": Row((layer(hca(rate=3, window=7, rope_dim=6)),)),
     "hca 8 window 2": Row((layer(hca(rate=8, window=2, output={"groups": 1, "rank": 5}, rope=YARN)),)),
@@ -260,7 +260,7 @@ TABLE: dict[str, Row] = {
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
     "gla": Row((layer(gla()), layer(gla(query_latent=7, heads=2), reads=-1))),
-    "gla a latent a head sink": Row((layer(gla(latents=4, latent=3, bias=True, sink=True)),)),
+    "gla a latent a head sink": Row((layer(gla(latents=4, latent=3, bias=True, sink=True, rescale=True)),)),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
     "dsa shared": Row((layer(dsa()), layer(dsa(top_k=2), reads=-1))),
     "hca shared": Row((layer(hca()), layer(hca(heads=2, query_latent=9), reads=-1))),

@@ -42,8 +42,10 @@ class Config:
     """Sizes in numbers per head, latents in numbers per token.
 
     query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the
-    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms. sink: see
-    models.sink. output: null for one matrix, see models.output.
+    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms. rescale:
+    the normalised latents are multiplied by √(width / their size), so that what is made of them starts as large as what
+    is made of the residual, the rotated key for one (arXiv 2603.02188). sink: see models.sink. output: null for one
+    matrix, see models.output.
     """
 
     heads: int
@@ -54,6 +56,7 @@ class Config:
     query_latent: int | None = None
     scale_multiplier: float = 1.0
     latent_eps: float = 1e-6
+    rescale: bool = False
     bias: bool = False
     sink: bool = False
     output: Grouped | None = None
@@ -98,7 +101,7 @@ class MLA(Attention):
             self.query = Linear(width, c.heads * per_head, ("heads", "width"))
         else:
             self.query_down = Linear(width, c.query_latent, ("latent", "width"), bias=c.bias)
-            self.query_norm = RMSNorm(c.query_latent, c.latent_eps, "latent")
+            self.query_norm = self.latent_norm_of(c.query_latent)
             self.query = Linear(c.query_latent, c.heads * per_head, ("heads", "latent"))
         # per head: nope_dim rows that make its key, then value_dim rows that make its value
         self.expansion = Linear(c.latent, c.heads * (c.nope_dim + c.value_dim), ("heads", "latent"))
@@ -107,7 +110,12 @@ class MLA(Attention):
         if writes:
             rows = (c.latent, c.rope_dim)
             self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
-            self.latent_norm = RMSNorm(c.latent, c.latent_eps, "latent")
+            self.latent_norm = self.latent_norm_of(c.latent)
+
+    def latent_norm_of(self, size: int) -> RMSNorm:
+        """Of latents of this size. What is cached is rescaled already."""
+        c = self.config
+        return RMSNorm(size, c.latent_eps, "latent", scale=(self.width / size) ** 0.5 if c.rescale else 1.0)
 
     def slots(self) -> tuple[Slot, ...]:
         size = self.config.latent
