@@ -53,15 +53,16 @@ class SharedKV(Attention):
     core: Core = staticmethod(blockwise.core)
     sink: Tensor
 
-    def __init__(self, config: SharedConfig, width: int, writes: bool) -> None:
+    def __init__(self, config: SharedConfig, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.scale = writes, width, c.head_dim**-0.5
-        self.query_down = Linear(width, c.query_latent, ("latent", "width"))
-        self.query_norm = RMSNorm(c.query_latent, c.norm_eps, "latent")
-        self.query = Linear(c.query_latent, c.heads * c.head_dim, ("heads", "latent"))
-        sink.declare(self, c.heads)
-        self.output = GroupedOutput(c.output, c.heads * c.head_dim, width)
+        self.writes, self.reads, self.scale = writes, reads, c.head_dim**-0.5
+        if reads:
+            self.query_down = Linear(width, c.query_latent, ("latent", "width"))
+            self.query_norm = RMSNorm(c.query_latent, c.norm_eps, "latent")
+            self.query = Linear(c.query_latent, c.heads * c.head_dim, ("heads", "latent"))
+            sink.declare(self, c.heads)
+            self.output = GroupedOutput(c.output, c.heads * c.head_dim, width)
         if writes:
             self.kv = Linear(width, c.head_dim, ("latent", "width"))
             self.kv_norm = RMSNorm(c.head_dim, c.norm_eps, "latent")
@@ -101,7 +102,7 @@ class SharedKV(Attention):
 
     def projections(self) -> float:
         """Operations per token, those of the window's entries included."""
-        through = self.query_down.flops() + self.query.flops() + self.output.flops()
+        through = self.query_down.flops() + self.query.flops() + self.output.flops() if self.reads else 0.0
         return through + self.kv.flops() if self.writes else through
 
     def flops_of_pair(self) -> float:

@@ -180,7 +180,9 @@ def csa(top_k: int = 3, **changes: Any) -> Plan:
     return {**hca(), "scheme": "csa", "indexer": indexer, **changes}
 
 
-def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None, injection: Plan | None = None) -> Plan:
+def layer(
+    attention: Plan, feedforward: Plan = DENSE, reads: int | str | None = None, injection: Plan | None = None
+) -> Plan:
     return {"attention": attention, "feedforward": feedforward, "reads": reads, "injection": injection}
 
 
@@ -261,6 +263,10 @@ TABLE: dict[str, Row] = {
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
     "gla": Row((layer(gla()), layer(gla(query_latent=7, heads=2), reads=-1))),
     "gla a latent a head sink": Row((layer(gla(latents=4, latent=3, bias=True, sink=True, rescale=True)),)),
+    "yoco": Row(
+        (layer(gqa(window=5)), layer(gqa(qk_norm=True, bias=True), SOFTMAX, "alone"), layer(gqa(heads=6), reads=1))
+    ),
+    "writers alone": Row((layer(tied_kv(keeps="value"), reads="alone"), layer(hca(), reads="alone"))),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
     "dsa shared": Row((layer(dsa()), layer(dsa(top_k=2), reads=-1))),
     "hca shared": Row((layer(hca()), layer(hca(heads=2, query_latent=9), reads=-1))),

@@ -10,7 +10,7 @@ The indexer's Hadamard transform is left out: it is orthogonal, so that no score
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class Config(mla.Config):
     """Latent attention and its indexer, whose queries are made from the query latent."""
 
     indexer: Indexer = field(kw_only=True)
+    stands_alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +81,7 @@ class Config(mla.Config):
                 "which is rotated of it"
             )
 
-    def build(self, width: int, *, writes: bool = True) -> DSA:
+    def build(self, width: int, *, writes: bool = True) -> DSA:  # type: ignore[override]
         return DSA(self, width, writes)
 
 
@@ -125,7 +126,7 @@ class DSA(mla.MLA):
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:  # type: ignore[override]
         low = self.low(x)
         main = self.look_for(low, sequence)
-        state = self.leave(x, sequence) if self.writes else {}
+        state = super().write(x, sequence) if self.writes else {}
         if self.mode == "dense":
             return Query(main, None), state
         index = self.index_query(low, x)

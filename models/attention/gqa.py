@@ -9,7 +9,7 @@ each value head (Gemma 4), a sliding window (arXiv 2004.05150), a gate on what i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -62,6 +62,7 @@ class Config:
     gate: Kind | None = None
     sink: bool = False
     output: Grouped | None = None
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -91,8 +92,8 @@ class Config:
         """How many numbers of a head a rope turns."""
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
-    def build(self, width: int, *, writes: bool = True) -> GQA:
-        return GQA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> GQA:
+        return GQA(self, width, writes, reads)
 
 
 class Query(NamedTuple):
@@ -109,16 +110,17 @@ class GQA(Attention):
     key_norm: RMSNorm | Gain | None
     sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width = writes, width
+        self.writes, self.reads, self.width = writes, reads, width
         self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
-        self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
-        self.output = output.build(c.output, c.heads * c.head_dim, width, bias=c.bias)
-        self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
-        self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
-        sink.declare(self, c.heads, wanted=c.sink)
+        if reads:
+            self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
+            self.output = output.build(c.output, c.heads * c.head_dim, width, bias=c.bias)
+            self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
+            self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
+            sink.declare(self, c.heads, wanted=c.sink)
         self.build_state()
 
     def build_state(self) -> None:
@@ -141,7 +143,10 @@ class GQA(Attention):
         heads = self.heads(self.query(x))
         heads = self.rotated(heads if self.query_norm is None else self.query_norm(heads), sequence.position)
         query = Query(heads, None if self.gate is None else self.gate(x))
-        return query, {"kv": at_tokens(sequence, self.leave(x, sequence.position))} if self.writes else {}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        return {"kv": at_tokens(sequence, self.leave(x, sequence.position))}
 
     def leave(self, x: Tensor, position: Tensor) -> dict[str, Tensor]:
         """The parts of the entries that the tokens in hand leave, each [B, S, K, d]."""
@@ -162,7 +167,7 @@ class GQA(Attention):
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         projections = sum(part.flops() for part in self.children() if isinstance(part, Linear | GroupedOutput))
-        per_pair = 4.0 * self.config.heads * self.config.head_dim
+        per_pair = 4.0 * self.config.heads * self.config.head_dim if self.reads else 0.0
         return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)
 
     def heads(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The other half of every key is one rotated half-head that all heads share. The t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Config:
     sink: bool = False
     output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -53,8 +55,8 @@ class Config:
         if self.output is not None:
             self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> GTA:
-        return GTA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> GTA:
+        return GTA(self, width, writes, reads)
 
 
 class GTA(Attention):
@@ -63,13 +65,14 @@ class GTA(Attention):
     core: Core = staticmethod(blockwise.core)
     sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.rope_dim, self.scale = writes, width, c.head_dim // 2, c.head_dim**-0.5
-        self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
-        self.output = output.build(c.output, c.heads * c.head_dim, width)
-        sink.declare(self, c.heads, wanted=c.sink)
+        self.writes, self.reads, self.rope_dim, self.scale = writes, reads, c.head_dim // 2, c.head_dim**-0.5
+        if reads:
+            self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
+            self.output = output.build(c.output, c.heads * c.head_dim, width)
+            sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.tied = Linear(width, c.kv_heads * c.head_dim, ("kv_heads", "width"))
             self.key_rope = Linear(width, self.rope_dim, ("rope_dim", "width"))
@@ -79,15 +82,16 @@ class GTA(Attention):
         return (Slot("tied", (tied, Part("rope", (("rope_dim", self.rope_dim),)))),)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, State]:
-        rope, size = self.config.rope, self.config.head_dim
-        query = rotate_last(rope, self.query(x).unflatten(-1, (-1, size)), self.rope_dim, sequence.position)
-        if not self.writes:
-            return query, {}
+        c = self.config
+        query = rotate_last(c.rope, self.query(x).unflatten(-1, (-1, c.head_dim)), self.rope_dim, sequence.position)
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         parts = {
-            "tied": self.tied(x).unflatten(-1, (-1, size)),
-            "rope": rope.rotate(self.key_rope(x), sequence.position),
+            "tied": self.tied(x).unflatten(-1, (-1, self.config.head_dim)),
+            "rope": self.config.rope.rotate(self.key_rope(x), sequence.position),
         }
-        return query, {"tied": at_tokens(sequence, parts)}
+        return {"tied": at_tokens(sequence, parts)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = []
@@ -99,8 +103,9 @@ class GTA(Attention):
         return Result(self.output(read(self.core, query, readables, self.scale, self.sink).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        projections = self.query.flops() + self.output.flops()
-        if self.writes:
-            projections += self.tied.flops() + self.key_rope.flops()
+        left = self.tied.flops() + self.key_rope.flops() if self.writes else 0.0
+        if not self.reads:
+            return Flops(queries * left)
+        projections = self.query.flops() + self.output.flops() + left
         per_pair = 4.0 * self.config.heads * self.config.head_dim
         return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)

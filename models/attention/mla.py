@@ -8,7 +8,7 @@ the latent is both key and value (decode).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Config:
     sink: bool = False
     output: Grouped | None = None
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rope_dim < 2 or self.rope_dim % 2:
@@ -74,8 +75,8 @@ class Config:
         if self.output is not None:
             self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> MLA:
-        return MLA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> MLA:
+        return MLA(self, width, writes, reads)
 
 
 class Query(NamedTuple):
@@ -91,11 +92,20 @@ class MLA(Attention):
     core: Core = staticmethod(blockwise.core)
     sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width = writes, width
+        self.writes, self.reads, self.width = writes, reads, width
         self.scale = (c.nope_dim + c.rope_dim) ** -0.5 * c.scale_multiplier
+        if reads:
+            self._build_reading()
+        if writes:
+            rows = (c.latent, c.rope_dim)
+            self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
+            self.latent_norm = self.latent_norm_of(c.latent)
+
+    def _build_reading(self) -> None:
+        c, width = self.config, self.width
         per_head = c.nope_dim + c.rope_dim
         if c.query_latent is None:
             self.query = Linear(width, c.heads * per_head, ("heads", "width"))
@@ -107,10 +117,6 @@ class MLA(Attention):
         self.expansion = Linear(c.latent, c.heads * (c.nope_dim + c.value_dim), ("heads", "latent"))
         self.output = output.build(c.output, c.heads * c.value_dim, width, bias=c.bias)
         sink.declare(self, c.heads, wanted=c.sink)
-        if writes:
-            rows = (c.latent, c.rope_dim)
-            self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
-            self.latent_norm = self.latent_norm_of(c.latent)
 
     def latent_norm_of(self, size: int) -> RMSNorm:
         """Of latents of this size. What is cached is rescaled already."""
@@ -125,7 +131,7 @@ class MLA(Attention):
         return (Slot("latent", (latent, rope)),)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:
-        return self.look_for(self.low(x), sequence), self.leave(x, sequence) if self.writes else {}
+        return self.look_for(self.low(x), sequence), self.write(x, sequence) if self.writes else {}
 
     def low(self, x: Tensor) -> Tensor:
         """What queries are made from: the normalised query latent, or x where there is none."""
@@ -137,7 +143,7 @@ class MLA(Attention):
         nope, rope = self.query(low).unflatten(-1, (-1, c.nope_dim + c.rope_dim)).split((c.nope_dim, c.rope_dim), -1)
         return Query(nope, c.rope.rotate(rope, sequence.position))
 
-    def leave(self, x: Tensor, sequence: Sequence) -> State:
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         """One latent and one rotated key a token."""
         c = self.config
         latent, key_rope = self.latent(x).split((c.latent, c.rope_dim), -1)
@@ -200,6 +206,8 @@ class MLA(Attention):
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config
+        if not self.reads:
+            return Flops(queries * self.latent.flops())
         scored = pairs(self.slots()[0], queries, context)
         if queries < context and queries <= self._break_even():
             return self.absorbed_flops(queries, scored)

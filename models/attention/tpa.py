@@ -7,6 +7,7 @@ rotation acts on b alone, so what is cached is rotated already (section 3.2).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Config:
     sink: bool = False
     output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.key_rank, self.value_rank) < 1:
@@ -60,8 +62,8 @@ class Config:
         if self.output is not None:
             self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> TPA:
-        return TPA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> TPA:
+        return TPA(self, width, writes, reads)
 
 
 class Factors(Module):
@@ -87,17 +89,18 @@ class TPA(Attention):
     core: Core = staticmethod(blockwise.core)
     sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.scale = writes, width, c.head_dim**-0.5
+        self.writes, self.reads, self.scale = writes, reads, c.head_dim**-0.5
         self.query: Linear | Factors
-        if c.query_rank is None:
-            self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
-        else:
-            self.query = Factors(width, c.heads, c.head_dim, c.query_rank)
-        self.output = output.build(c.output, c.heads * c.head_dim, width)
-        sink.declare(self, c.heads, wanted=c.sink)
+        if reads:
+            if c.query_rank is None:
+                self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
+            else:
+                self.query = Factors(width, c.heads, c.head_dim, c.query_rank)
+            self.output = output.build(c.output, c.heads * c.head_dim, width)
+            sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Factors(width, c.heads, c.head_dim, c.key_rank)
             self.value = Factors(width, c.heads, c.head_dim, c.value_rank)
@@ -119,12 +122,13 @@ class TPA(Attention):
             query = _heads(by_head, rope.rotate(by_dim, sequence.position))
         else:
             query = rope.rotate(self.query(x).unflatten(-1, (-1, self.config.head_dim)), sequence.position)
-        if not self.writes:
-            return query, {}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         (key_head, key_dim), (value_head, value_dim) = self.key(x), self.value(x)
-        parts = {"key_head": key_head, "key_dim": rope.rotate(key_dim, sequence.position)}
+        parts = {"key_head": key_head, "key_dim": self.config.rope.rotate(key_dim, sequence.position)}
         parts |= {"value_head": value_head, "value_dim": value_dim}
-        return query, {"factors": at_tokens(sequence, parts)}
+        return {"factors": at_tokens(sequence, parts)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         entries = pieces["factors"]
@@ -181,11 +185,12 @@ class TPA(Attention):
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config
-        projections = self.query.flops() + self.output.flops()
+        left = self.key.flops() + self.value.flops() if self.writes else 0.0
+        if not self.reads:
+            return Flops(queries * left)
+        projections = self.query.flops() + self.output.flops() + left
         if c.query_rank is not None:
             projections += 2.0 * c.query_rank * c.heads * c.head_dim
-        if self.writes:
-            projections += self.key.flops() + self.value.flops()
         scored = pairs(self.slots()[0], queries, context)
         if queries < context and self._factorises(queries):
             return Flops(queries * projections, scored * self._factorised_flops())
