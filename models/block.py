@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.contract import Attention, FeedForward, Report, Residual, Result, Sequence
+from models.contract import Attention, FeedForward, Report, Residual, Result, Sequence, State
 from models.parameter import Module
 from models.stream import Stream
 
@@ -39,11 +39,15 @@ class Sublayer(nn.Module):
 
     @abstractmethod
     def apply_to(self, x: Tensor, carried: Mapping[str, Any], sequence: Sequence) -> Result:
-        """x: [B, S, D], normalised."""
+        """x: [B, S, D], as it is read from the residual."""
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the mechanism is handed."""
+        return x if self.norm is None else self.norm(x)
 
     def forward(self, stream: Stream, sequence: Sequence) -> tuple[Stream, Report]:
         x, carry = self.residual.read(stream.residual)
-        result = self.apply_to(x if self.norm is None else self.norm(x), stream.carried, sequence)
+        result = self.apply_to(x, stream.carried, sequence)
         y = result.y if self.post_norm is None else self.post_norm(result.y)
         residual = self.residual.write(stream.residual, carry, y)
         carried = {name: value for name, value in {**stream.carried, **result.provided}.items() if name in self.live}
@@ -51,8 +55,23 @@ class Sublayer(nn.Module):
         return Stream(residual, carried, extra), result.report
 
 
+class Writer(nn.Module):
+    """A writer that stands alone: a norm of its own and the state part of a scheme (YOCO, arXiv 2405.05254)."""
+
+    def __init__(self, norm: nn.Module, scheme: Attention) -> None:
+        super().__init__()
+        self.norm, self.scheme = norm, scheme
+
+    def forward(self, x: Tensor, sequence: Sequence) -> State:
+        """x: [B, S, D], as it is read from the residual."""
+        return self.scheme.write(self.norm(x), sequence)
+
+
 class AttentionSublayer(Sublayer):
-    """Compress, collect (or take what an earlier layer collected), attend."""
+    """Compress, collect (or take what an earlier layer collected), attend.
+
+    alone: writes the state in the attention's place, from what this sublayer reads of the residual.
+    """
 
     def __init__(
         self,
@@ -62,22 +81,26 @@ class AttentionSublayer(Sublayer):
         residual: Residual,
         norm: nn.Module,
         post_norm: nn.Module | None,
+        alone: Writer | None = None,
     ) -> None:
         super().__init__(residual, norm, post_norm)
-        self.attention, self.layer, self.writer = attention, layer, writer
-        self.needs = () if attention.writes else (state_of(writer),)
-        self.provides = (state_of(layer),) if attention.writes else ()
+        self.attention, self.layer, self.writer, self.alone = attention, layer, writer, alone
+        self.writes = attention.writes or alone is not None
+        self.needs = () if self.writes else (state_of(writer),)
+        self.provides = (state_of(layer),) if self.writes else ()
         self.shared = False
 
     def keep(self, live: frozenset[str]) -> None:
         super().keep(live)
-        self.shared = self.attention.writes and state_of(self.layer) in live
+        self.shared = self.writes and state_of(self.layer) in live
 
     def apply_to(self, x: Tensor, carried: Mapping[str, Any], sequence: Sequence) -> Result:
-        query, state = self.attention.compress(x, sequence)
-        if not self.attention.writes:
+        query, state = self.attention.compress(self.normalised(x), sequence)
+        if not self.writes:
             (source,) = self.needs
             return self.attention.attend(query, carried[source], sequence)
+        if self.alone is not None:
+            state = self.alone(x, sequence)
         pieces = sequence.collect(self.attention.slots(), state)
         result = self.attention.attend(query, pieces, sequence)
         if not self.shared:  # a name that differs from layer to layer would make each layer a graph of its own
@@ -97,7 +120,7 @@ class FeedForwardSublayer(Sublayer):
         self.needs, self.provides = feedforward.needs, feedforward.provides
 
     def apply_to(self, x: Tensor, carried: Mapping[str, Any], sequence: Sequence) -> Result:
-        result: Result = self.feedforward(x, sequence, carried)
+        result: Result = self.feedforward(self.normalised(x), sequence, carried)
         return result
 
 

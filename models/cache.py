@@ -91,7 +91,7 @@ class Cache:
         self.stores = {
             (sublayer.layer, slot.name): Store.empty(slot, num_rows, tokens, model.compute_dtype, torch.device(device))
             for sublayer in model.attention_sublayers()
-            if sublayer.attention.writes
+            if sublayer.writes
             for slot in sublayer.attention.slots()
         }
 

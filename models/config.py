@@ -16,13 +16,15 @@ class LayerPlan:
     reads.
 
     reads: null for its own state; -n for the layer n before; n ≥ 0 for layer n. A layer that reads another's has no
-    parameters for a state of its own (cross-layer attention, arXiv 2405.12981).
+    parameters for a state of its own (cross-layer attention, arXiv 2405.12981). alone: for the state of a writer that
+    stands alone, with a norm and projections of its own, before this layer's attention; later layers name this layer to
+    read it too (YOCO, arXiv 2405.05254).
     """
 
     attention: Mapping[str, Any]
     feedforward: Mapping[str, Any]
     injection: Mapping[str, Any] | None = None
-    reads: int | None = None
+    reads: int | Literal["alone"] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer plan, resolved: the mechanisms' own configs, and the writer's index (its own where it reads itself)."""
+    """A layer plan, resolved: the mechanisms' own configs, and the writer's index (its own where it reads itself).
+
+    alone: the writer stands by itself, at this layer.
+    """
 
     attention: Any
     feedforward: Any
     injection: Any
     writer: int
+    alone: bool = False
 
 
 def resolve(config: ModelConfig) -> list[Layer]:
@@ -95,6 +101,13 @@ def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:
         injection = mechanism.config_of("injection", plan.injection, f"{where}.injection")
     if plan.reads is None:
         return Layer(attention, feedforward, injection, index)
+    if plan.reads == "alone":
+        if not getattr(attention, "stands_alone", False):
+            raise schema.Refused(
+                f"{where}.reads is alone, but the state of {plan.attention['scheme']} is bound to its own layer's "
+                "queries, so that no writer can stand alone; leave reads null, or choose another scheme."
+            )
+        return Layer(attention, feedforward, injection, index, alone=True)
     writer = plan.reads if plan.reads >= 0 else index + plan.reads
     if not 0 <= writer < index:
         raise schema.Refused(f"{where}.reads is {plan.reads}, but layer {index} can only read a layer before it.")

@@ -294,10 +294,14 @@ class Result:
 class Attention(Module):
     """A compression scheme at one depth of a model.
 
-    A scheme built with `writes=False` has no parameters for its state: it reads the state of another layer.
+    A scheme built with `writes=False` has no parameters for its state: it reads the state of another layer. One built
+    with `reads=False` has no others: of a writer that stands alone, `write`, `slots` and `flops` are used. A scheme
+    whose state needs no queries, to be made or to be trained, says so by `stands_alone = True` in its Config, whose
+    `build` then takes `reads`.
     """
 
     writes: bool
+    reads: bool = True
     core: Callable[..., tuple[Tensor, Tensor | None]]
     mode: Mode = "sparse"
 
@@ -308,6 +312,10 @@ class Attention(Module):
     @abstractmethod
     def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Result:
         """Read the pieces; y: [B, S, D]."""
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        """The state alone. x: [B, S, D], normalised. Not of a scheme whose state is bound to its queries."""
+        raise TypeError(f"the state of {type(self).__name__} is bound to its queries")
 
     def selector(self) -> tuple[nn.Module, ...]:
         """The modules that choose what is read: trained alone in a warm-up, and their gradients are clipped apart."""

@@ -64,7 +64,7 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     }
     for block in model.depths():
         for name, sublayer in block.named_children():
-            mechanisms = [part for part in sublayer.children() if isinstance(part, Attention | FeedForward)]
+            mechanisms = [part for part in sublayer.modules() if isinstance(part, Attention | FeedForward)]
             owners.setdefault(name, []).extend(mechanisms)
     owner = {
         id(parameter): part
@@ -87,7 +87,8 @@ def written_slots(model: Model, *, naive: bool = False, shared: bool = True) -> 
     needs no slot for what is read beyond a window. shared: False for the slots of every layer, as if none read
     another's state.
     """
-    slots = [slot for attention in model.attentions() if attention.writes or not shared for slot in attention.slots()]
+    writers = [layer.attention for layer in model.attention_sublayers() if layer.writes or not shared]
+    slots = [slot for attention in writers for slot in attention.slots()]
     return [replace(slot, reach=None) for slot in slots if not slot.beyond] if naive else slots
 
 
@@ -151,7 +152,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
     """Forward operations of the last `queries` tokens of one document of `context` tokens, the head included."""
     total = Flops(projections=queries * 2.0 * model.config.width * model.config.vocab)
-    for attention in model.attentions():
+    for attention in [*model.attentions(), *model.writers()]:
         total += attention.flops(queries, context, pairs)
     for part in [*model.feedforwards(), *model.residuals(), model.ends]:
         total += Flops(projections=queries * part.flops())
@@ -182,7 +183,7 @@ def _in_bf16(number_format: str) -> float:
 
 def _sensitive_flops(model: Model) -> float:
     """Per token, of the head and of the matrices that are not computed in fewer bits than bf16's."""
-    parts = [*model.attentions(), *model.feedforwards(), *model.residuals(), model.ends]
+    parts = [*model.attentions(), *model.writers(), *model.feedforwards(), *model.residuals(), model.ends]
     specs = [(parameter, spec) for part in parts for _, parameter, spec in named_specs(part)]
     kept = sum(
         parameter.numel()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from conf.schema import Refused
 from models import loss, mechanism, norm
-from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer
+from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer, Writer
 from models.config import Layer, ModelConfig, resolve
 from models.contract import Attention, Ends, Entry, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
@@ -99,6 +99,10 @@ class Model(nn.Module):
         """The schemes, in order of depth."""
         return [sublayer.attention for sublayer in self.attention_sublayers()]
 
+    def writers(self) -> list[Attention]:
+        """The schemes of the writers that stand alone."""
+        return [sublayer.alone.scheme for sublayer in self.attention_sublayers() if sublayer.alone is not None]
+
     def feedforwards(self) -> list[FeedForward]:
         """All that tokens go through by themselves, injections too, in order of depth."""
         return [module.feedforward for module in self.modules() if isinstance(module, FeedForwardSublayer)]
@@ -175,9 +179,13 @@ def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Bloc
         before, after = (norm.build(config.norm, config.width, config.norm_eps) for _ in range(2))
         return residual.build(config.width), before, after if config.post_norm else None
 
-    attention = layer.attention.build(config.width, writes=layer.writer == index)
+    attention = layer.attention.build(config.width, writes=layer.writer == index and not layer.alone)
+    alone = None
+    if layer.alone:
+        of_its_own = norm.build(config.norm, config.width, config.norm_eps)
+        alone = Writer(of_its_own, layer.attention.build(config.width, reads=False))
     sublayers: dict[str, Sublayer] = {
-        "attention": AttentionSublayer(attention, index, layer.writer, *around()),
+        "attention": AttentionSublayer(attention, index, layer.writer, *around(), alone),
         "feedforward": FeedForwardSublayer(layer.feedforward.build(config.width), *around()),
     }
     if layer.injection is not None:

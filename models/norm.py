@@ -12,17 +12,18 @@ from models.parameter import Module
 
 
 class RMSNorm(Module):
-    """x / rms(x) · gain over the last dim of size `size`. start: of the gain."""
+    """x / rms(x) · gain · scale over the last dim of size `size`. start: of the gain. scale: a fixed number."""
 
     gain: Tensor
 
-    def __init__(self, size: int, eps: float, axis: str = "width", start: float = 1.0) -> None:
+    def __init__(self, size: int, eps: float, axis: str = "width", start: float = 1.0, *, scale: float = 1.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.scale = eps, scale
         _declare_gain(self, size, axis, start)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.gain.to(x.dtype), self.eps)
+        gain = self.gain if self.scale == 1.0 else self.gain * self.scale
+        return F.rms_norm(x, (x.shape[-1],), gain.to(x.dtype), self.eps)
 
 
 class Gain(Module):

@@ -11,37 +11,37 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from models import sink
 from models.contract import Attention, Entries, Packing, Part, Sequence, Slot, Visibility, at_tokens
 from models.cores import blockwise
 from models.cores.merge import Core, Readable
-from models.linear import GroupedLinear, Linear
+from models.linear import Linear
 from models.norm import RMSNorm, unit_rms
+from models.output import Grouped, GroupedOutput
 from models.rope import Rope, rotate_last
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig:
-    """groups, group_rank: the low-rank output projection, one bottleneck per group of heads."""
+    """See models.output for the way out."""
 
     heads: int
     head_dim: int
     rope_dim: int
     query_latent: int
     window: int
-    groups: int
-    group_rank: int
+    output: Grouped
     norm_eps: float = 1e-6
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
 
     def __post_init__(self) -> None:
-        if min(self.heads, self.head_dim, self.query_latent, self.group_rank) < 1:
-            raise ValueError("heads, head_dim, query_latent and group_rank must be positive")
+        if min(self.heads, self.head_dim, self.query_latent) < 1:
+            raise ValueError("heads, head_dim and query_latent must be positive")
         if not 2 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:
             raise ValueError(
                 f"rope_dim ({self.rope_dim}) must be even, at least 2 and at most head_dim ({self.head_dim})"
             )
-        if self.groups < 1 or self.heads % self.groups:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of groups ({self.groups})")
+        self.output.check(self.heads)
         if self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1, the query itself")
 
@@ -53,16 +53,16 @@ class SharedKV(Attention):
     core: Core = staticmethod(blockwise.core)
     sink: Tensor
 
-    def __init__(self, config: SharedConfig, width: int, writes: bool) -> None:
+    def __init__(self, config: SharedConfig, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.scale = writes, width, c.head_dim**-0.5
-        self.query_down = Linear(width, c.query_latent, ("latent", "width"))
-        self.query_norm = RMSNorm(c.query_latent, c.norm_eps, "latent")
-        self.query = Linear(c.query_latent, c.heads * c.head_dim, ("heads", "latent"))
-        self.declare("sink", (c.heads,), ("heads",), "sink", fp32=True)
-        self.group_output = GroupedLinear(c.groups, c.heads // c.groups * c.head_dim, c.group_rank)
-        self.output = Linear(c.groups * c.group_rank, width, ("width", "latent"), "output")
+        self.writes, self.reads, self.scale = writes, reads, c.head_dim**-0.5
+        if reads:
+            self.query_down = Linear(width, c.query_latent, ("latent", "width"))
+            self.query_norm = RMSNorm(c.query_latent, c.norm_eps, "latent")
+            self.query = Linear(c.query_latent, c.heads * c.head_dim, ("heads", "latent"))
+            sink.declare(self, c.heads)
+            self.output = GroupedOutput(c.output, c.heads * c.head_dim, width)
         if writes:
             self.kv = Linear(width, c.head_dim, ("latent", "width"))
             self.kv_norm = RMSNorm(c.head_dim, c.norm_eps, "latent")
@@ -97,12 +97,12 @@ class SharedKV(Attention):
         """out: [B, S, H, head_dim], what the heads read. Returns [B, S, D]."""
         # rotating back leaves each value turned by its distance to the query, not by its absolute position
         out = rotate_last(self.config.rope, out, self.config.rope_dim, sequence.position, inverse=True)
-        y: Tensor = self.output(self.group_output(out.flatten(-2)))
+        y: Tensor = self.output(out.flatten(-2))
         return y
 
     def projections(self) -> float:
         """Operations per token, those of the window's entries included."""
-        through = self.query_down.flops() + self.query.flops() + self.group_output.flops() + self.output.flops()
+        through = self.query_down.flops() + self.query.flops() + self.output.flops() if self.reads else 0.0
         return through + self.kv.flops() if self.writes else through
 
     def flops_of_pair(self) -> float:

@@ -149,7 +149,7 @@ def gla(**changes: Any) -> Plan:
 
 
 def hca(**changes: Any) -> Plan:
-    sizes = {"heads": 4, "head_dim": 6, "rope_dim": 4, "query_latent": 7, "groups": 2, "group_rank": 5}
+    sizes = {"heads": 4, "head_dim": 6, "rope_dim": 4, "query_latent": 7, "output": GROUPED}
     return {"scheme": "hca", **sizes, "window": 5, "rate": 4, **changes}
 
 
@@ -200,7 +200,9 @@ def nsa(size: int = 4, top_k: int = 3, initial: int = 1, local: int = 1, **chang
     return {"scheme": "nsa", **sizes, "selection": selection, **changes}
 
 
-def layer(attention: Plan, feedforward: Plan = DENSE, reads: int | None = None, injection: Plan | None = None) -> Plan:
+def layer(
+    attention: Plan, feedforward: Plan = DENSE, reads: int | str | None = None, injection: Plan | None = None
+) -> Plan:
     return {"attention": attention, "feedforward": feedforward, "reads": reads, "injection": injection}
 
 
@@ -221,6 +223,8 @@ GEGLU: Plan = {**DENSE, "activation": "gelu_tanh"}
 
 SANDWICH: Plan = {"post_norm": True, "block_scale": True, "embedding_scale": 4.0, "logit_cap": 3.0, "tied": True}
 
+GROUPED: Plan = {"groups": 2, "rank": 5}
+
 MHC: Plan = {"residual": {"scheme": "mhc", "streams": 3, "rounds": 4}}
 
 YARN: Plan = {"base": 100.0, "pairing": "interleaved", "yarn": {"factor": 4.0, "original_length": 6}}
@@ -229,8 +233,8 @@ TABLE: dict[str, Row] = {
     "gqa": Row((layer(gqa()),)),
     "mha": Row((layer(gqa(kv_heads=4)),)),
     "mqa": Row((layer(gqa(kv_heads=1, rope=None)),), {"tied": True}),
-    "gqa window": Row((layer(gqa(window=5)), layer(gqa(window=2)))),
-    "gqa qk-norm bias": Row((layer(gqa(qk_norm=True, bias=True)),)),
+    "gqa window sink": Row((layer(gqa(window=5, sink=True)), layer(gqa(window=2)))),
+    "gqa qk-norm bias grouped output": Row((layer(gqa(qk_norm=True, bias=True, output=GROUPED)),)),
     "gqa value-norm scale p-rope": Row(
         (layer(gqa(qk_norm=True, value_norm=True, scale=1.0, rope={"proportion": 0.4})),)
     ),
@@ -241,7 +245,7 @@ TABLE: dict[str, Row] = {
         (layer(anchors(window=2, first=5, stride=4)), layer(anchors(window=2, first=5, stride=4, heads=6), reads=0))
     ),
     "tied_kv gate": Row((layer(tied_kv(gate="head", rope_dim=2)),)),
-    "tied_kv": Row((layer(tied_kv()), layer(tied_kv(window=5, bias=True)))),
+    "tied_kv": Row((layer(tied_kv(sink=True)), layer(tied_kv(window=5, bias=True)))),
     "tied_kv values": Row((layer(tied_kv(keeps="value", window=5)), layer(tied_kv(keeps="value")))),
     "tied_kv shared": Row((layer(tied_kv()), layer(tied_kv(heads=6), reads=0))),
     "tied_kv values shared": Row((layer(tied_kv(keeps="value")), layer(tied_kv(keeps="value", heads=6), reads=0))),
@@ -251,27 +255,29 @@ TABLE: dict[str, Row] = {
     ),
     "parallel experts": Row((layer(gqa(), PARALLEL), layer(tied_kv(), PARALLEL)), SANDWICH),
     "mla": Row((layer(mla()),)),
-    "mla query-latent": Row((layer(mla(query_latent=7, bias=True, scale_multiplier=1.3, rope=YARN)),)),
-    "mla narrow latent": Row((layer(mla(latent=3, value_dim=8)),)),
+    "mla query-latent grouped output": Row(
+        (layer(mla(heads=4, query_latent=7, bias=True, scale_multiplier=1.3, rope=YARN, output=GROUPED)),)
+    ),
+    "mla narrow latent rescaled": Row((layer(mla(latent=3, value_dim=8, query_latent=7, rescale=True)),)),
     "dsa": Row((layer(dsa()),)),
-    "dsa interleaved yarn": Row((layer(dsa(top_k=3, pairing="interleaved", bias=True, rope=YARN)),)),
+    "dsa interleaved yarn sink": Row((layer(dsa(top_k=3, pairing="interleaved", bias=True, rope=YARN, sink=True)),)),
     "dsa fp8 index": Row((layer(dsa(format="fp8")),)),
-    "dsa all chosen": Row((layer(dsa(top_k=2000)),)),
+    "dsa all chosen rescaled": Row((layer(dsa(top_k=2000, rescale=True)),)),
     "hca 4 window 5": Row((layer(hca()),)),
     "hca 3 window 7": Row((layer(hca(rate=3, window=7, rope_dim=6)),)),
-    "hca 8 window 2": Row((layer(hca(rate=8, window=2, groups=1, rope=YARN)),)),
-    "hca 2 window 1": Row((layer(hca(rate=2, window=1, groups=4)),)),
+    "hca 8 window 2": Row((layer(hca(rate=8, window=2, output={"groups": 1, "rank": 5}, rope=YARN)),)),
+    "hca 2 window 1": Row((layer(hca(rate=2, window=1, output={"groups": 4, "rank": 5})),)),
     "per-head latent": Row((layer(per_head_latent()),)),
-    "per-head latent rotated": Row((layer(per_head_latent(rank=4, rope_dim=0, kv_heads=1)),)),
+    "per-head latent rotated sink": Row((layer(per_head_latent(rank=4, rope_dim=0, kv_heads=1, sink=True)),)),
     "per-head latent uncompressed": Row((layer(per_head_latent(rank=6, kv_heads=4)),)),
-    "per-head latent shared": Row((layer(per_head_latent()), layer(per_head_latent(heads=2), reads=-1))),
-    "gta": Row((layer(gta()), layer(gta(heads=6), reads=-1))),
-    "gta one state": Row((layer(gta(kv_heads=1, head_dim=4)),)),
-    "tpa": Row((layer(tpa()), layer(tpa(query_rank=None), reads=-1))),
-    "tpa kv-only": Row((layer(tpa(query_rank=None, key_rank=3, value_rank=2)),)),
+    "per-head latent shared": Row((layer(per_head_latent(output=GROUPED)), layer(per_head_latent(heads=2), reads=-1))),
+    "gta": Row((layer(gta()), layer(gta(heads=6, output=GROUPED), reads=-1))),
+    "gta one state sink": Row((layer(gta(kv_heads=1, head_dim=4, sink=True)),)),
+    "tpa": Row((layer(tpa(output={"groups": 3, "rank": 2})), layer(tpa(query_rank=None), reads=-1))),
+    "tpa kv-only sink": Row((layer(tpa(query_rank=None, key_rank=3, value_rank=2, sink=True)),)),
     "cca": Row((layer(cca(kv_heads=4)),)),
-    "ccgqa window": Row((layer(cca(window=5, rope_dim=6, bias=True)),)),
-    "cca three taps": Row((layer(cca(kv_heads=1, channel_taps=3, head_taps=1)),)),
+    "ccgqa window sink": Row((layer(cca(window=5, rope_dim=6, bias=True, sink=True)),)),
+    "cca three taps": Row((layer(cca(kv_heads=1, channel_taps=3, head_taps=1, output=GROUPED)),)),
     "cca no convolution": Row((layer(cca(channel_taps=1, head_taps=1, rope_dim=0)),)),
     "cca depth moe affine": Row(
         (layer(cca(), depth_moe(first=True)), layer(cca(kv_heads=1)), layer(cca(), depth_moe())),
@@ -280,7 +286,11 @@ TABLE: dict[str, Row] = {
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
     "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
     "gla": Row((layer(gla()), layer(gla(query_latent=7, heads=2), reads=-1))),
-    "gla a latent a head": Row((layer(gla(latents=4, latent=3, bias=True)),)),
+    "gla a latent a head sink": Row((layer(gla(latents=4, latent=3, bias=True, sink=True, rescale=True)),)),
+    "yoco": Row(
+        (layer(gqa(window=5)), layer(gqa(qk_norm=True, bias=True), SOFTMAX, "alone"), layer(gqa(heads=6), reads=1))
+    ),
+    "writers alone": Row((layer(tied_kv(keeps="value"), reads="alone"), layer(hca(), reads="alone"))),
     "mla shared": Row((layer(mla()), layer(mla(query_latent=7), reads=-1))),
     "dsa shared": Row((layer(dsa()), layer(dsa(top_k=2), reads=-1))),
     "hca shared": Row((layer(hca()), layer(hca(heads=2, query_latent=9), reads=-1))),
@@ -300,7 +310,7 @@ TABLE: dict[str, Row] = {
     "swa": Row((layer(swa()), layer(swa(heads=2), reads=0))),
     "csa 4 top 3": Row((layer(csa()),)),
     "csa 3 top 2 window 7": Row((layer(csa(top_k=2, rate=3, window=7, rope_dim=6)),)),
-    "csa 2 top 4 window 1": Row((layer(csa(top_k=4, rate=2, window=1, groups=4, rope=YARN)),)),
+    "csa 2 top 4 window 1": Row((layer(csa(top_k=4, rate=2, window=1, output={"groups": 4, "rank": 5}, rope=YARN)),)),
     "csa 5 all chosen": Row((layer(csa(top_k=300, rate=5, window=2)),)),
     "csa shared": Row((layer(csa()), layer(csa(top_k=2, heads=2, query_latent=9), reads=-1))),
     "nsa shared": Row((layer(nsa()), layer(nsa(top_k=4, local=2, heads=6), reads=-1))),

@@ -80,9 +80,9 @@ def hca_by_token(layer: Any, x: Tensor) -> Tensor:
             exps = (entries @ query / math.sqrt(c.head_dim)).exp()
             out = exps @ entries / (exps.sum() + layer.sink[h].exp())
             heads.append(turned(out, c.rope_dim, -t, base))
-        groups = torch.cat(heads).view(c.groups, -1)
-        narrow = [matrix @ group for matrix, group in zip(layer.group_output.weight, groups, strict=True)]
-        outs.append(layer.output.weight @ torch.cat(narrow))
+        groups = torch.cat(heads).view(c.output.groups, -1)
+        narrow = [matrix @ group for matrix, group in zip(layer.output.narrow.weight, groups, strict=True)]
+        outs.append(layer.output.wide.weight @ torch.cat(narrow))
     return torch.stack(outs)
 
 
@@ -91,9 +91,14 @@ def hca_by_token(layer: Any, x: Tensor) -> Tensor:
     [
         pytest.param(schemes.hca(), id="rate 4 window 5"),
         pytest.param(
-            schemes.hca(rate=7, window=2, groups=4, rope={"base": 30.0, "pairing": "interleaved"}), id="rate 7"
+            schemes.hca(
+                rate=7, window=2, output={"groups": 4, "rank": 5}, rope={"base": 30.0, "pairing": "interleaved"}
+            ),
+            id="rate 7",
         ),
-        pytest.param(schemes.hca(rate=2, window=30, groups=1, rope_dim=2), id="rate 2, one group"),
+        pytest.param(
+            schemes.hca(rate=2, window=30, output={"groups": 1, "rank": 5}, rope_dim=2), id="rate 2, one group"
+        ),
         pytest.param(schemes.hca(rate=40), id="no block is complete"),
     ],
 )
@@ -237,7 +242,7 @@ def test_entries_and_visible_pairs_are_counted(stride: int, reach: int | None, r
         pytest.param(schemes.mla(rope_dim=3), "rope_dim", id="odd rope_dim"),
         pytest.param(schemes.mla(latent=0), "latent", id="no latent"),
         pytest.param(schemes.mla(query_latent=0), "query_latent", id="no query_latent"),
-        pytest.param(schemes.hca(groups=3), "multiple of groups", id="heads over groups"),
+        pytest.param(schemes.hca(output={"groups": 3, "rank": 5}), "multiple of output.groups", id="heads over groups"),
         pytest.param(schemes.hca(rope_dim=8), "rope_dim", id="rope_dim beyond the head"),
         pytest.param(schemes.hca(rate=1), "rate", id="a block of one token"),
         pytest.param(schemes.hca(window=0), "window", id="a window of nothing"),

@@ -56,9 +56,9 @@ def read_by_token(attention: Any, x: Tensor, blocks: list[Tensor], chosen: Calla
             exps = (entries @ turned(unit(query), c.rope_dim, t, c.rope.base) / math.sqrt(c.head_dim)).exp()
             out = exps @ entries / (exps.sum() + attention.sink[h].exp())
             heads.append(turned(out, c.rope_dim, -t, c.rope.base))
-        groups = torch.cat(heads).view(c.groups, -1)
-        narrow = [matrix @ group for matrix, group in zip(attention.group_output.weight, groups, strict=True)]
-        outs.append(attention.output.weight @ torch.cat(narrow))
+        groups = torch.cat(heads).view(c.output.groups, -1)
+        narrow = [matrix @ group for matrix, group in zip(attention.output.narrow.weight, groups, strict=True)]
+        outs.append(attention.output.wide.weight @ torch.cat(narrow))
     return torch.stack(outs)
 
 
@@ -105,7 +105,7 @@ def drawn() -> Tensor:
     "plan",
     [
         pytest.param(schemes.csa(), id="rate 4 top 3"),
-        pytest.param(schemes.csa(top_k=1, rate=2, window=1, groups=1), id="rate 2 top 1"),
+        pytest.param(schemes.csa(top_k=1, rate=2, window=1, output={"groups": 1, "rank": 5}), id="rate 2 top 1"),
         pytest.param(
             schemes.csa(top_k=2, rate=3, rope={"base": 30.0, "pairing": "interleaved"}, window=30), id="rate 3 top 2"
         ),
@@ -201,7 +201,13 @@ def test_tails_are_as_long_as_the_next_entry_needs() -> None:
 
 def test_entries_are_packed_as_in_the_kernels_of_deepseek() -> None:
     """448 fp8 and 64 bf16 with 7 scales and a byte of padding; 128 fp4 with 4 scales."""
-    sizes = {"heads": 2, "head_dim": 512, "rope_dim": 64, "groups": 1, "window": 128}
+    sizes: dict[str, Any] = {
+        "heads": 2,
+        "head_dim": 512,
+        "rope_dim": 64,
+        "output": {"groups": 1, "rank": 8},
+        "window": 128,
+    }
     indexer = {"heads": 2, "head_dim": 128, "top_k": 512}
     model = cost.meta(Row((layer(schemes.csa(**sizes, indexer=indexer)),)).config())
     packed = {slot.name: Storage("packed").bytes(slot) for slot in cost.written_slots(model) if slot.kind == "entry"}
@@ -219,7 +225,7 @@ def test_entries_are_packed_as_in_the_kernels_of_deepseek() -> None:
         pytest.param(schemes.csa(rate=1), "rate", id="a block of one token"),
         pytest.param(schemes.csa(window=0), "window", id="a window of nothing"),
         pytest.param({**schemes.swa(), "rate": 4}, "rate", id="a rate without blocks"),
-        pytest.param(schemes.swa(groups=3), "multiple of groups", id="heads over groups"),
+        pytest.param(schemes.swa(output={"groups": 3, "rank": 5}), "multiple of output.groups", id="heads over groups"),
     ],
 )
 def test_an_impossible_layer_is_refused(plan: schemes.Plan, words: str) -> None:

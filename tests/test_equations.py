@@ -57,18 +57,25 @@ def per_head_latent(layer: Any, x: Tensor) -> Tensor:
 
 
 def gla(layer: Any, x: Tensor) -> Tensor:
+    """MLA where there is one latent; a normalised latent is multiplied by √(width / size) where that is asked for."""
     c, outs = layer.config, []
+    count = getattr(c, "latents", 1)
+
+    def normalised(latents: Tensor, gain: Tensor) -> Tensor:
+        unit = latents / (latents.square().mean(-1, keepdim=True) + c.latent_eps).sqrt()
+        return unit * gain * (math.sqrt(WIDTH / latents.shape[-1]) if c.rescale else 1.0)
+
     keys: list[list[Tensor]] = [[] for _ in range(c.heads)]
     values: list[list[Tensor]] = [[] for _ in range(c.heads)]
     up = layer.expansion.weight.view(c.heads, c.nope_dim + c.value_dim, c.latent)
     for t, a in enumerate(x):
         made = layer.latent.weight @ a
-        latents = made[: c.latents * c.latent].view(c.latents, c.latent)
-        latents = latents / (latents.square().mean(1, keepdim=True) + c.latent_eps).sqrt() * layer.latent_norm.gain
-        rotated = turned(made[c.latents * c.latent :], t)
+        latents = normalised(made[: count * c.latent].view(count, c.latent), layer.latent_norm.gain)
+        rotated = turned(made[count * c.latent :], t)
+        low = a if c.query_latent is None else normalised(layer.query_down.weight @ a, layer.query_norm.gain)
         heads = []
-        for h, query in enumerate((layer.query.weight @ a).view(c.heads, -1)):
-            read = up[h] @ latents[h // (c.heads // c.latents)]
+        for h, query in enumerate((layer.query.weight @ low).view(c.heads, -1)):
+            read = up[h] @ latents[h // (c.heads // count)]
             keys[h].append(torch.cat((read[: c.nope_dim], rotated)))
             values[h].append(read[c.nope_dim :])
             query = torch.cat((query[: c.nope_dim], turned(query[c.nope_dim :], t)))
@@ -133,6 +140,8 @@ def tpa(layer: Any, x: Tensor) -> Tensor:
         pytest.param(schemes.per_head_latent(rope_dim=0, rank=4), per_head_latent, id="per-head latent, rotated"),
         pytest.param(schemes.gla(rope={"pairing": "half"}), gla, id="gla"),
         pytest.param(schemes.gla(latents=4, rope={"pairing": "half"}), gla, id="gla, a latent a head"),
+        pytest.param(schemes.gla(rescale=True, query_latent=7, rope={"pairing": "half"}), gla, id="gla, rescaled"),
+        pytest.param(schemes.mla(rescale=True, query_latent=7, rope={"pairing": "half"}), gla, id="mla, rescaled"),
         pytest.param(schemes.gta(), gta, id="gta"),
         pytest.param(schemes.gta(kv_heads=1, head_dim=12), gta, id="gta, one state"),
         pytest.param(schemes.tpa(), tpa, id="tpa"),
@@ -155,3 +164,19 @@ def test_a_scheme_is_its_equations(plan: schemes.Plan, equations: Callable[[Any,
     expected = torch.autograd.grad((theirs * seed).sum(), list(parameters.values()))
     for name, gradient, wanted in zip(parameters, gradients, expected, strict=True):
         assert torch.allclose(gradient, wanted, rtol=1e-8, atol=1e-8), name
+
+
+@pytest.mark.parametrize("rescale", [False, True], ids=["as published", "rescaled"])
+def test_rescaled_latents_make_keys_as_large_as_the_rotated_one(rescale: bool) -> None:
+    """Before training; otherwise the two parts of a key differ by √(width / latent), here 4."""
+    plan = schemes.mla(latent=16, query_latent=16, nope_dim=32, rope_dim=32, rescale=rescale)
+    attention = mechanism.config_of("attention", plan, "row").build(256).double()
+    for name, parameter in attention.named_parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.02) if name.endswith("weight") else torch.nn.init.ones_(parameter)
+    x, sequence = torch.randn(1, 64, 256, dtype=torch.float64), Whole.rows(1, 64)
+    with torch.no_grad():
+        query, state = attention.compress(x, sequence)
+        nope, rope = attention.expand(state["latent"])[0].split((32, 32), -1)
+    wanted = 1.0 if rescale else 0.25
+    assert float(nope.std() / rope.std()) == pytest.approx(wanted, rel=0.25)
+    assert float(query.nope.std() / rope.std()) == pytest.approx(wanted, rel=0.25)

@@ -118,7 +118,7 @@ ATTENTION = {
     "gqa window": {"scheme": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 64, "window": 50},
     "mla": {"scheme": "mla", "heads": 4, "latent": 64, "nope_dim": 64, "rope_dim": 32, "value_dim": 64},
     "hca": {"scheme": "hca", "heads": 4, "head_dim": 64, "rope_dim": 32, "query_latent": 64, "window": 32, "rate": 16,
-            "groups": 2, "group_rank": 64},
+            "output": {"groups": 2, "rank": 64}},
 }  # fmt: skip
 
 

@@ -1,19 +1,31 @@
-"""Lighthouse attention against its description, entry by entry; and how far its selection leaks."""
+"""Lighthouse attention against its description, entry by entry; how far its selection leaks; and in a run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from conf.compose import compose
+from conf.schema import Refused
+from models import cost
 from models.contract import NOTHING, Entries, Visibility
-from models.cores import plain
-from models.cores.lighthouse import Lighthouse
+from models.cores import approximate, plain
+from models.cores.approximate.lighthouse import Config as Lighthouse
+from models.mode import Mode
 from models.sequence import Whole
-from tests.schemes import packed
+from tests import runs, schemes
+from tests.runs import TINY
+from tests.schemes import Plan, Row, layer, packed
+from tests.test_engine import BASE, ROWS, loader, this_rank
+from train.config import Phase, TrainSection, read
+from train.engines.torch import Engine
+from train.meter import Clock
 
 SCALE = 0.4
 
@@ -142,3 +154,109 @@ def test_padding_sees_nothing() -> None:
     out, _ = Lighthouse(keep=1).core(q, k, v, visible(sequence), SCALE)
     dense, _ = plain.core(q, k, v, visible(sequence), SCALE)
     assert not out[0, 4:].any() and not dense[0, 4:].any()
+
+
+GLOBAL = [*(word for word in BASE if not word.startswith("attention.window")), "moe.bias_rate=0.0"]
+LIGHT = "train.approximate={scheme: lighthouse, levels: 2, keep: 1}"
+
+
+def _first_steps() -> dict[str, tuple[float, float]]:
+    """Loss and gradient norm of a first step, and a validation before it, by how it is trained."""
+    found = {}
+    ways: list[tuple[str, list[str], Mode]] = [
+        ("exact", [], "sparse"),
+        ("light", [LIGHT], "sparse"),
+        ("dense", [LIGHT], "dense"),
+    ]
+    for name, overrides, mode in ways:
+        engine = Engine(read(compose([*GLOBAL, "train.compute=fp64", *overrides])), this_rank())
+        engine.set_mode(mode)
+        if name == "light":  # a training step before the validation
+            engine.step(loader().batch(0, ROWS), 0.0, Clock(torch.device("cpu")))
+        found[f"{name} validation"] = engine.evaluate([loader().batch(0, ROWS)])[:2]
+        step = engine.step(loader().batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
+        found[name] = (step.loss.item(), step.grad_norm.item())
+    return found
+
+
+def test_training_alone_is_approximate_until_it_is_dense(ranks: Callable[..., list[Any]]) -> None:
+    found = ranks(1, _first_steps)[0]
+    assert found["light"] != found["exact"] == found["dense"]
+    assert found["light validation"] == found["exact validation"] == found["dense validation"]
+
+
+def test_a_run_with_a_dense_second_stage(tmp_path: Path) -> None:
+    """As a phase, and from its weights in a run of its own; without it the run itself goes no further."""
+    runs.write_text(tmp_path)
+    short = [*TINY, "train.steps=6", "evaluate.every=3"]
+    phase = "train.phases=[{start: 3, attention: dense}]"
+    printed = runs.train(tmp_path, [*short, LIGHT, phase, "run.dir=light"])
+    assert "softmax core: blockwise, lighthouse in training" in printed
+    losses = [record["loss"] for record in runs.records(tmp_path / "light")]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    runs.train(tmp_path, [*short, "train.steps=2", "train.init=light", "run.dir=second"])
+    job = runs.start(tmp_path, [*short, phase, "run.dir=light"])
+    assert job.end() == 2
+    assert "train.approximate" in job.printed()
+
+
+def test_an_approximation_that_no_phase_uses_is_refused() -> None:
+    with pytest.raises(ValueError, match="never used"):
+        TrainSection(
+            steps=9,
+            sequence_length=8,
+            batch_tokens=8,
+            attention="dense",
+            phases=[Phase(start=3, attention="warmup")],
+            approximate={"scheme": "lighthouse"},
+        )
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(schemes.gqa(), id="gqa"),
+        pytest.param(schemes.tied_kv(keeps="value"), id="tied_kv"),
+        pytest.param(schemes.mla(), id="mla"),
+        pytest.param(schemes.gla(), id="gla"),
+        pytest.param(schemes.gta(), id="gta"),
+        pytest.param(schemes.tpa(), id="tpa"),
+        pytest.param(schemes.cca(), id="cca"),
+        pytest.param(schemes.per_head_latent(), id="per-head latent"),
+    ],
+)
+def test_every_plain_scheme_is_trained_with_it(plan: Plan) -> None:
+    """In a layer beside one that stays dense: documents, padding, a finite gradient of everything."""
+    model = Row((layer(plan), layer(plan))).model_in(torch.float64)
+    for attention, core in approximate.cores({"scheme": "lighthouse", "keep": 2, "dense": [0]}, model.attentions()):
+        attention.core = core
+    ids, sequence = schemes.tokens(2, 18), packed([[1, 7, 10], [5, 2]])
+    losses: Any = model(ids, sequence, ids)
+    (losses.cross_entropy + losses.extra).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert [attention.core.__module__.rpartition(".")[2] for attention in model.attentions()] == [
+        "blockwise",
+        "lighthouse",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings", "words"),
+    [
+        pytest.param(schemes.gqa(window=5), {}, "layer 1 has a window", id="a window"),
+        pytest.param(schemes.gqa(sink=True), {}, "or a sink", id="a sink"),
+        pytest.param(schemes.hca(), {}, "compressed blocks", id="hca"),
+        pytest.param(schemes.csa(), {}, "an indexer", id="csa"),
+        pytest.param(schemes.dsa(), {}, "add it to train.approximate.dense", id="dsa"),
+        pytest.param(schemes.swa(), {"dense": [0]}, "layer 1", id="swa"),
+        pytest.param(schemes.gqa(), {"dense": [0, -1]}, "nothing is left", id="every layer dense"),
+        pytest.param(schemes.gqa(), {"dense": [2]}, "names layer 2, but the model has 2", id="a layer beyond"),
+        pytest.param(schemes.gqa(), {"top_k": 4}, "top_k is not a key", id="another key"),
+        pytest.param(schemes.gqa(), {"scheme": "lightouse"}, "did you mean 'lighthouse'", id="misspelt"),
+        pytest.param(schemes.gqa(), {"keep": 0}, "keep", id="nothing kept"),
+    ],
+)
+def test_what_it_cannot_train_is_refused(plan: Plan, settings: dict[str, Any], words: str) -> None:
+    model = cost.meta(Row((layer(schemes.gqa()), layer(plan))).config())
+    with pytest.raises(Refused, match=words):
+        approximate.cores({"scheme": "lighthouse", **settings}, model.attentions())

@@ -100,8 +100,10 @@ class TrainSection:
     compute: dtype of activations and matrix products; parameters and optimizer state are fp32, or fp64 with fp64, which
     is for comparing layouts. recompute: what the backward computes again (parallel/recompute.py); a number is the share
     of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint or run whose
-    weights (alone) this run starts from. core: the softmax core. attention: how a scheme that chooses what it reads is
-    trained: without choosing (dense), what chooses alone, by a loss of its own (warmup), or all of it (sparse).
+    weights (alone) this run starts from. core: the softmax core. approximate: another core for training alone, which
+    reads less than all (models/cores/approximate); validation reads all. attention: how what chooses what is read is
+    trained: without choosing (dense, which ends an approximation too), what chooses alone, by a loss of its own
+    (warmup), or all of it (sparse).
     """
 
     steps: int
@@ -114,6 +116,7 @@ class TrainSection:
     recompute: Literal["none", "full", "attention", "feedforward", "experts"] | float = "none"
     compile: bool = False
     core: Literal["plain", "blockwise", "fused"] = "blockwise"
+    approximate: dict[str, Any] | None = None
     init: str | None = None
     attention: Mode = "sparse"
     phases: list[Phase] = field(default_factory=list)
@@ -142,6 +145,9 @@ class TrainSection:
                 raise ValueError(
                     "recompute by a share of memory needs compile: true; else name what: full, attention, …"
                 )
+        modes = {self.attention, *(phase.attention for phase in self.phases)}
+        if self.approximate is not None and "sparse" not in modes:
+            raise ValueError("approximate is never used: no phase trains with attention: sparse; leave it null")
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must start at increasing steps, not at {starts}")
@@ -220,4 +226,8 @@ def read(values: Mapping[str, Any]) -> Config:
 
     optimizer.read(config.optimizer)
     resolve(config.model)
+    if config.train.approximate is not None:
+        from models.cores import approximate
+
+        approximate.config_of(config.train.approximate)
     return config

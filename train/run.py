@@ -18,6 +18,7 @@ from data.config import Probes
 from data.course import Course
 from data.loader import Loader
 from models import cost
+from models.cores import approximate
 from train import optimizer, rundir, statistics
 from train.checkpoint import Checkpoints, SaveFailed
 from train.config import Config
@@ -119,7 +120,9 @@ def check(config: Config, world_size: int) -> Sources:
                 raise Refused(f"data.validation ({name}): {refusal}") from None
     if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
         raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
-    chooses = any(attention.selector() for attention in cost.meta(config.model).attentions())
+    attentions = cost.meta(config.model).attentions()
+    approximate.cores(config.train.approximate, attentions)
+    chooses = any(attention.selector() for attention in attentions)
     for stretch in table:
         if stretch.attention == "warmup" and not chooses:
             raise Refused(
@@ -195,13 +198,14 @@ def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:
     counted = cost.parameters(model)
     kernels = sorted({attention.core.__module__.rpartition(".")[2] for attention in engine.model.attentions()})
     log.info(
-        "%s parameters, %s active; %.0f bytes of cache a token; %d rank(s) on %s; softmax core: %s; steps %d to %d",
+        "%s parameters, %s active; %.0f bytes of cache a token; %d rank(s) on %s; softmax core: %s%s; steps %d to %d",
         f"{counted.total:,}",
         f"{counted.active:,}",
         cost.kv_bytes_per_token(model),
         ranks.world_size,
         ranks.device,
         ", ".join(kernels),
+        "" if config.train.approximate is None else f", {config.train.approximate['scheme']} in training",
         step,
         config.train.steps,
     )

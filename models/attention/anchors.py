@@ -53,8 +53,8 @@ class Config(gqa.Config):
         if self.first == 0 and self.stride is None:
             raise ValueError("first is 0 and stride null, which leaves a window alone; choose gqa for that")
 
-    def build(self, width: int, *, writes: bool = True) -> Anchors:
-        return Anchors(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> Anchors:
+        return Anchors(self, width, writes, reads)
 
 
 class Anchors(gqa.GQA):
@@ -62,8 +62,8 @@ class Anchors(gqa.GQA):
 
     config: Config
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
-        super().__init__(config, width, writes)
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
+        super().__init__(config, width, writes, reads)
         (kv,) = super().slots()
         self.window, anchor = replace(kv, name="window"), replace(kv, reach=None, beyond=kv.reach or 0)
         self.first = replace(anchor, name="first", limit=config.first) if config.first else None
@@ -75,18 +75,15 @@ class Anchors(gqa.GQA):
     def slots(self) -> tuple[Slot, ...]:
         return tuple(slot for slot in (self.window, self.first, self.strided) if slot is not None)
 
-    def compress(self, x: Tensor, sequence: Sequence) -> tuple[gqa.Query, State]:
-        query, kv = super().compress(x, sequence)
-        if not self.writes:
-            return query, {}
-        (tokens,) = kv.values()
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        (tokens,) = super().write(x, sequence).values()
         state = {self.window.name: tokens}
         if self.first is not None:
             document = torch.where(sequence.position < self.config.first, sequence.document, NOTHING)
             state[self.first.name] = Entries(tokens.parts, sequence.position, document)
         if self.strided is not None:
             state[self.strided.name] = _at(tokens, entry_ends(sequence, self.strided))
-        return query, state
+        return state
 
     def attend(self, query: gqa.Query, pieces: Pieces, sequence: Sequence) -> Result:
         dense = [slot for slot in (self.window, self.strided) if slot is not None]
@@ -98,7 +95,7 @@ class Anchors(gqa.GQA):
         partials = parts(self.core, query.heads, readables, self.scale)
         if self.first is not None:
             partials.append(self._read_first(self.first, query.heads, together(pieces[self.first.name]), sequence))
-        return self.result(merge(partials), query)
+        return self.result(merge(partials, self.sink), query)
 
     def _read_first(self, slot: Slot, heads: Tensor, tokens: Entries, sequence: Sequence) -> Partial:
         """By their places: among packed documents any token may be a first one, and a dense look would cost all."""

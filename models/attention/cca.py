@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models import output, sink
 from models.contract import (
     Attention,
     Flops,
@@ -31,6 +32,7 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear, full_precision
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope, rotate_first
 
@@ -39,7 +41,8 @@ from models.rope import Rope, rotate_first
 class Config:
     """channel_taps, head_taps: tokens under the two convolutions. rope_dim: leading numbers of a head that are rotated.
 
-    window: tokens a query reads, itself included; null reads all. bias: in the five projections.
+    window: tokens a query reads, itself included; null reads all. bias: in the five projections. sink: see
+    models.sink. output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -50,6 +53,8 @@ class Config:
     head_taps: int = 2
     window: int | None = None
     bias: bool = False
+    sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,8 @@ class Config:
             raise ValueError(f"rope_dim ({self.rope_dim}) must be even and at most head_dim ({self.head_dim})")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1, the query itself; null is no window")
+        if self.output is not None:
+            self.output.check(self.heads)
 
     def build(self, width: int, *, writes: bool = True) -> CCA:
         if not writes:
@@ -129,6 +136,7 @@ class CCA(Attention):
     """Cached: K and V of the latent heads as they are read. Tails: rows under the convolutions, the delayed half."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
     temperature: Tensor
     writes = True
 
@@ -143,7 +151,8 @@ class CCA(Attention):
         self.value_before = Linear(width, keys // 2, ("kv_heads", "width"), bias=c.bias)
         self.convolutions = Convolutions(c.heads + c.kv_heads, c.head_dim, c.channel_taps, c.head_taps)
         self.declare("temperature", (c.kv_heads,), ("kv_heads",), "gain", fp32=True)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
+        self.output = output.build(c.output, c.heads * c.head_dim, width, bias=c.bias)
+        sink.declare(self, c.heads, wanted=c.sink)
 
     def slots(self) -> tuple[Slot, ...]:
         c = self.config
@@ -190,7 +199,7 @@ class CCA(Attention):
         readables = [
             (kv.parts["key"], kv.parts["value"], Visibility.of(kv, sequence, self.config.window)) for kv in pieces["kv"]
         ]
-        return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
+        return Result(self.output(read(self.core, query, readables, self.scale, self.sink).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         linear = (self.query, self.key, self.value_now, self.value_before, self.output)

@@ -3,14 +3,14 @@ that reads only the tokens a lightning indexer chooses.
 
 Cached per token, beside what latent attention caches: one index key. A cheap score of all visible tokens chooses top_k
 of them, and the absorbed form reads those. Dense at first; then the indexer alone learns to imitate the dense attention
-(warm-up); then all is trained, sparse. Without a window, a first token or a sink: what is chosen is all that is read.
+(warm-up); then all is trained, sparse. Without a window or a first token: what is chosen is all that is read.
 The indexer's Hadamard transform is left out: it is orthogonal, so that no score depends on it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from models.contract import (
     visible_pairs,
 )
 from models.cores import gathered
-from models.linear import Linear
+from models.cores.merge import merge
+from models.linear import Linear, full_precision
 from models.norm import LayerNorm
 from models.rope import rotate_first
 from models.selection import selected
@@ -68,6 +69,7 @@ class Config(mla.Config):
     """Latent attention and its indexer, whose queries are made from the query latent."""
 
     indexer: Indexer = field(kw_only=True)
+    stands_alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +81,7 @@ class Config(mla.Config):
                 "which is rotated of it"
             )
 
-    def build(self, width: int, *, writes: bool = True) -> DSA:
+    def build(self, width: int, *, writes: bool = True) -> DSA:  # type: ignore[override]
         return DSA(self, width, writes)
 
 
@@ -124,7 +126,7 @@ class DSA(mla.MLA):
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:  # type: ignore[override]
         low = self.low(x)
         main = self.look_for(low, sequence)
-        state = self.leave(x, sequence) if self.writes else {}
+        state = super().write(x, sequence) if self.writes else {}
         if self.mode == "dense":
             return Query(main, None), state
         index = self.index_query(low, x)
@@ -152,24 +154,34 @@ class DSA(mla.MLA):
             if not self._teaches():
                 return result
             with torch.no_grad():
-                attended = Attended(torch.cat(query.main, -1), self.expand(together(pieces["latent"]))[0], self.scale)
+                keys_read = self.expand(together(pieces["latent"]))[0]
+                attended = Attended(torch.cat(query.main, -1), keys_read, self.scale, self._rest(query.main))
             lesson = teach_all(index, key, attended, visibility, top_k, sequence)
             return self._taught(result.y, lesson, sequence)
         places = selected(choose(index, key, visibility, top_k))
         latents = together(pieces["latent"]).parts
         parts = latents["latent"].unsqueeze(2), latents["rope"].unsqueeze(2)
         low = self.absorb(query.main)
-        out, _, mass = gathered.core(low, parts, gathered.Chosen(places.unsqueeze(2)), self.scale)
+        rest = self._rest(query.main)
+        out, lse, mass = gathered.core(low, parts, gathered.Chosen(places.unsqueeze(2)), self.scale, rest)
+        if self.sink is not None:
+            out = merge([(out, lse)], self.sink)
         y = self.output(self.lift(out).flatten(-2))
         if not self._teaches():
             return Result(y)
         with torch.no_grad():
-            attended = Attended(low, torch.cat(parts, -1), self.scale)
+            attended = Attended(low, torch.cat(parts, -1), self.scale, rest)
         lesson = teach_chosen(index, key, mass.squeeze(2), places, attended, visibility, sequence)
         return self._taught(y, lesson, sequence)
 
     def _turned(self, x: Tensor, sequence: Sequence) -> Tensor:
         return rotate_first(self.index_rope, x, self.config.rope_dim, sequence.position)
+
+    def _rest(self, query: mla.Query) -> Tensor | None:
+        """What is in the denominator beside the entries, [B, S, H]: the sink."""
+        if self.sink is None:
+            return None
+        return self.sink.detach().to(full_precision(query.nope.dtype)).expand(query.nope.shape[:-1])
 
     def _teaches(self) -> bool:
         return torch.is_grad_enabled() and self.config.indexer.kl_loss > 0

@@ -27,8 +27,8 @@ class Config(mla.Config):
         if self.latents < 1 or self.heads % self.latents:
             raise ValueError(f"heads ({self.heads}) must be a multiple of latents ({self.latents})")
 
-    def build(self, width: int, *, writes: bool = True) -> GLA:
-        return GLA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> GLA:
+        return GLA(self, width, writes, reads)
 
 
 class GLA(mla.MLA):
@@ -36,8 +36,8 @@ class GLA(mla.MLA):
 
     config: Config
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
-        super().__init__(config, width, writes)
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
+        super().__init__(config, width, writes, reads)
         if writes:
             rows = (*[config.latent] * config.latents, config.rope_dim)
             self.latent = Linear(width, sum(rows), ("latent", "width"), bias=config.bias, split=rows)
@@ -47,7 +47,7 @@ class GLA(mla.MLA):
         dims = (("kv_heads", self.config.latents), ("latent", self.config.latent))
         return (replace(slot, parts=(Part("latent", dims), slot.parts[1])),)
 
-    def leave(self, x: Tensor, sequence: Sequence) -> State:
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         c = self.config
         latents, key_rope = self.latent(x).split((c.latents * c.latent, c.rope_dim), -1)
         parts = {

@@ -2,16 +2,18 @@
 1911.02150).
 
 Options: an RMSNorm on each query and key head before the rotation (QK-norm, arXiv 2302.05442), one without a gain on
-each value head (Gemma 4), a sliding window (arXiv 2004.05150), and a gate on what is read (models.output_gate).
+each value head (Gemma 4), a sliding window (arXiv 2004.05150), a gate on what is read (models.output_gate), a sink
+(models.sink), and a grouped output (models.output).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from models import output, sink
 from models.contract import (
     Attention,
     Entries,
@@ -31,6 +33,7 @@ from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
 from models.norm import Gain, RMSNorm, unit_rms
+from models.output import Grouped, GroupedOutput
 from models.output_gate import Kind, OutputGate
 from models.rope import Rope, rotate_first
 
@@ -38,7 +41,8 @@ from models.rope import Rope, rotate_first
 @dataclass(frozen=True)
 class Config:
     """window: tokens a query reads, itself included; null reads all. bias: in all four projections. rope: null for no
-    positions. rope_dim: how many numbers of a head, its first, are rotated; null for all. gate: null for none.
+    positions. rope_dim: how many numbers of a head, its first, are rotated; null for all. gate: null for none. sink:
+    see models.sink. output: null for one matrix, see models.output.
 
     scale: of the scores; null for 1 / √head_dim. With another one, QK-norm's key gain starts where the scores are as
     wide as with that one, or the softmax of an untrained model would be saturated.
@@ -56,6 +60,9 @@ class Config:
     rope: Rope | None = field(default_factory=Rope)
     rope_dim: int | None = None
     gate: Kind | None = None
+    sink: bool = False
+    output: Grouped | None = None
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -77,14 +84,16 @@ class Config:
             raise ValueError(
                 f"window ({self.window}) must be at least 1, the query itself; leave it null for no window"
             )
+        if self.output is not None:
+            self.output.check(self.heads)
 
     @property
     def rotated_dim(self) -> int:
         """How many numbers of a head a rope turns."""
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
-    def build(self, width: int, *, writes: bool = True) -> GQA:
-        return GQA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> GQA:
+        return GQA(self, width, writes, reads)
 
 
 class Query(NamedTuple):
@@ -99,16 +108,19 @@ class GQA(Attention):
 
     core: Core = staticmethod(blockwise.core)
     key_norm: RMSNorm | Gain | None
+    sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width = writes, width
+        self.writes, self.reads, self.width = writes, reads, width
         self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
-        self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output", bias=c.bias)
-        self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
-        self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
+        if reads:
+            self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"), bias=c.bias)
+            self.output = output.build(c.output, c.heads * c.head_dim, width, bias=c.bias)
+            self.query_norm = RMSNorm(c.head_dim, c.norm_eps, "head_dim") if c.qk_norm else None
+            self.gate = OutputGate(c.gate, width, c.heads, c.head_dim) if c.gate else None
+            sink.declare(self, c.heads, wanted=c.sink)
         self.build_state()
 
     def build_state(self) -> None:
@@ -131,7 +143,10 @@ class GQA(Attention):
         heads = self.heads(self.query(x))
         heads = self.rotated(heads if self.query_norm is None else self.query_norm(heads), sequence.position)
         query = Query(heads, None if self.gate is None else self.gate(x))
-        return query, {"kv": at_tokens(sequence, self.leave(x, sequence.position))} if self.writes else {}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        return {"kv": at_tokens(sequence, self.leave(x, sequence.position))}
 
     def leave(self, x: Tensor, position: Tensor) -> dict[str, Tensor]:
         """The parts of the entries that the tokens in hand leave, each [B, S, K, d]."""
@@ -147,16 +162,15 @@ class GQA(Attention):
     def attend(self, query: Query, pieces: Pieces, sequence: Sequence) -> Result:
         window = self.config.window
         readables = [(*self.keys_values(kv), Visibility.of(kv, sequence, window)) for kv in pieces["kv"]]
-        out = read(self.core, query.heads, readables, self.scale)
-        return self.result(out, query)
+        return self.result(read(self.core, query.heads, readables, self.scale, self.sink), query)
 
     def result(self, out: Tensor, query: Query) -> Result:
         """out: [B, S, H, d], what the heads read."""
         return Result(self.output((out if query.gate is None else out * query.gate).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        projections = sum(linear.flops() for linear in self.children() if isinstance(linear, Linear))
-        scored = sum(pairs(slot, queries, context) for slot in self.slots())
+        projections = sum(part.flops() for part in self.children() if isinstance(part, Linear | GroupedOutput))
+        scored = sum(pairs(slot, queries, context) for slot in self.slots()) if self.reads else 0.0
         return Flops(queries * projections, scored * 4.0 * self.config.heads * self.config.head_dim)
 
     def heads(self, x: Tensor) -> Tensor:

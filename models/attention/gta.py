@@ -6,10 +6,12 @@ The other half of every key is one rotated half-head that all heads share. The t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from models import output, sink
 from models.contract import (
     Attention,
     Flops,
@@ -27,17 +29,21 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
+from models.output import Grouped
 from models.rope import Rope, rotate_last
 
 
 @dataclass(frozen=True)
 class Config:
-    """kv_heads: number of tied states."""
+    """kv_heads: number of tied states. sink: see models.sink. output: null for one matrix, see models.output."""
 
     heads: int
     kv_heads: int
     head_dim: int
+    sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -46,22 +52,27 @@ class Config:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 4:
             raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 4: half of a key is rotated in pairs")
+        if self.output is not None:
+            self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> GTA:
-        return GTA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> GTA:
+        return GTA(self, width, writes, reads)
 
 
 class GTA(Attention):
     """Cached: the tied states, and the shared rotated half-head."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.rope_dim, self.scale = writes, width, c.head_dim // 2, c.head_dim**-0.5
-        self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        self.writes, self.reads, self.rope_dim, self.scale = writes, reads, c.head_dim // 2, c.head_dim**-0.5
+        if reads:
+            self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
+            self.output = output.build(c.output, c.heads * c.head_dim, width)
+            sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.tied = Linear(width, c.kv_heads * c.head_dim, ("kv_heads", "width"))
             self.key_rope = Linear(width, self.rope_dim, ("rope_dim", "width"))
@@ -71,15 +82,16 @@ class GTA(Attention):
         return (Slot("tied", (tied, Part("rope", (("rope_dim", self.rope_dim),)))),)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, State]:
-        rope, size = self.config.rope, self.config.head_dim
-        query = rotate_last(rope, self.query(x).unflatten(-1, (-1, size)), self.rope_dim, sequence.position)
-        if not self.writes:
-            return query, {}
+        c = self.config
+        query = rotate_last(c.rope, self.query(x).unflatten(-1, (-1, c.head_dim)), self.rope_dim, sequence.position)
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         parts = {
-            "tied": self.tied(x).unflatten(-1, (-1, size)),
-            "rope": rope.rotate(self.key_rope(x), sequence.position),
+            "tied": self.tied(x).unflatten(-1, (-1, self.config.head_dim)),
+            "rope": self.config.rope.rotate(self.key_rope(x), sequence.position),
         }
-        return query, {"tied": at_tokens(sequence, parts)}
+        return {"tied": at_tokens(sequence, parts)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = []
@@ -88,11 +100,12 @@ class GTA(Attention):
             shared = entries.parts["rope"].unsqueeze(2).expand(-1, -1, tied.shape[2], -1)
             key = torch.cat((tied[..., : self.rope_dim], shared), -1)
             readables.append((key, tied, Visibility.of(entries, sequence)))
-        return Result(self.output(read(self.core, query, readables, self.scale).flatten(-2)))
+        return Result(self.output(read(self.core, query, readables, self.scale, self.sink).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        projections = self.query.flops() + self.output.flops()
-        if self.writes:
-            projections += self.tied.flops() + self.key_rope.flops()
+        left = self.tied.flops() + self.key_rope.flops() if self.writes else 0.0
+        if not self.reads:
+            return Flops(queries * left)
+        projections = self.query.flops() + self.output.flops() + left
         per_pair = 4.0 * self.config.heads * self.config.head_dim
         return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)

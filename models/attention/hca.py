@@ -7,6 +7,7 @@ of `rate` tokens of its document; an entry is visible from its block's last toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,14 +22,15 @@ class Config(SharedConfig):
     """rate: tokens of a block."""
 
     rate: int
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rate < 2:
             raise ValueError(f"rate ({self.rate}) must be at least 2: a block of one token has nothing to weigh")
 
-    def build(self, width: int, *, writes: bool = True) -> HCA:
-        return HCA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> HCA:
+        return HCA(self, width, writes, reads)
 
 
 class HCA(SharedKV):
@@ -36,8 +38,8 @@ class HCA(SharedKV):
 
     config: Config
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
-        super().__init__(config, width, writes)
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
+        super().__init__(config, width, writes, reads)
         c, stored = config, packed(config.head_dim, config.rope_dim)
         self.blocks = Blocks("blocks", ("open_block",), c.head_dim, c.rate, c.rope, c.rope_dim, c.norm_eps, stored)
         if writes:
@@ -48,9 +50,10 @@ class HCA(SharedKV):
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, State]:
         query = self.query_heads(self.query_latent(x), sequence)
-        if not self.writes:
-            return query, {}
-        return query, {"window": self.window(x, sequence), "blocks": self.compressor(x, sequence)}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        return {"window": self.window(x, sequence), "blocks": self.compressor(x, sequence)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = self.readables(pieces["window"], sequence, self.config.window)
@@ -59,5 +62,7 @@ class HCA(SharedKV):
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         projections = self.projections() + (self.compressor.flops() if self.writes else 0.0)
+        if not self.reads:
+            return Flops(queries * projections)
         scored = sum(pairs(slot, queries, context) for slot in (self.window_slot(), self.blocks.slot()))
         return Flops(queries * projections, scored * self.flops_of_pair())

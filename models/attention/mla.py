@@ -8,11 +8,12 @@ the latent is both key and value (decode).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from models import output, sink
 from models.contract import (
     Attention,
     Entries,
@@ -32,6 +33,7 @@ from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
 from models.norm import RMSNorm
+from models.output import Grouped
 from models.rope import Rope
 
 
@@ -40,7 +42,10 @@ class Config:
     """Sizes in numbers per head, latents in numbers per token.
 
     query_latent: rank of the query's own bottleneck, null for a full-rank query. scale_multiplier: factor on the
-    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms.
+    softmax scale, with which DeepSeek's models correct for YaRN. latent_eps: of the two latent norms. rescale:
+    the normalised latents are multiplied by √(width / their size), so that what is made of them starts as large as what
+    is made of the residual, the rotated key for one (arXiv 2603.02188). sink: see models.sink. output: null for one
+    matrix, see models.output.
     """
 
     heads: int
@@ -51,8 +56,12 @@ class Config:
     query_latent: int | None = None
     scale_multiplier: float = 1.0
     latent_eps: float = 1e-6
+    rescale: bool = False
     bias: bool = False
+    sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=lambda: Rope(pairing="interleaved"))
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rope_dim < 2 or self.rope_dim % 2:
@@ -63,9 +72,11 @@ class Config:
             raise ValueError(
                 f"query_latent ({self.query_latent}) must be positive; leave it null for a full-rank query"
             )
+        if self.output is not None:
+            self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> MLA:
-        return MLA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> MLA:
+        return MLA(self, width, writes, reads)
 
 
 class Query(NamedTuple):
@@ -79,26 +90,38 @@ class MLA(Attention):
     """The latent is what is cached; heads exist only while they are read."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width = writes, width
+        self.writes, self.reads, self.width = writes, reads, width
         self.scale = (c.nope_dim + c.rope_dim) ** -0.5 * c.scale_multiplier
+        if reads:
+            self._build_reading()
+        if writes:
+            rows = (c.latent, c.rope_dim)
+            self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
+            self.latent_norm = self.latent_norm_of(c.latent)
+
+    def _build_reading(self) -> None:
+        c, width = self.config, self.width
         per_head = c.nope_dim + c.rope_dim
         if c.query_latent is None:
             self.query = Linear(width, c.heads * per_head, ("heads", "width"))
         else:
             self.query_down = Linear(width, c.query_latent, ("latent", "width"), bias=c.bias)
-            self.query_norm = RMSNorm(c.query_latent, c.latent_eps, "latent")
+            self.query_norm = self.latent_norm_of(c.query_latent)
             self.query = Linear(c.query_latent, c.heads * per_head, ("heads", "latent"))
         # per head: nope_dim rows that make its key, then value_dim rows that make its value
         self.expansion = Linear(c.latent, c.heads * (c.nope_dim + c.value_dim), ("heads", "latent"))
-        self.output = Linear(c.heads * c.value_dim, width, ("width", "heads"), "output", bias=c.bias)
-        if writes:
-            rows = (c.latent, c.rope_dim)
-            self.latent = Linear(width, sum(rows), ("latent", "width"), bias=c.bias, split=rows)
-            self.latent_norm = RMSNorm(c.latent, c.latent_eps, "latent")
+        self.output = output.build(c.output, c.heads * c.value_dim, width, bias=c.bias)
+        sink.declare(self, c.heads, wanted=c.sink)
+
+    def latent_norm_of(self, size: int) -> RMSNorm:
+        """Of latents of this size. What is cached is rescaled already."""
+        c = self.config
+        return RMSNorm(size, c.latent_eps, "latent", scale=(self.width / size) ** 0.5 if c.rescale else 1.0)
 
     def slots(self) -> tuple[Slot, ...]:
         size = self.config.latent
@@ -108,7 +131,7 @@ class MLA(Attention):
         return (Slot("latent", (latent, rope)),)
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Query, State]:
-        return self.look_for(self.low(x), sequence), self.leave(x, sequence) if self.writes else {}
+        return self.look_for(self.low(x), sequence), self.write(x, sequence) if self.writes else {}
 
     def low(self, x: Tensor) -> Tensor:
         """What queries are made from: the normalised query latent, or x where there is none."""
@@ -120,7 +143,7 @@ class MLA(Attention):
         nope, rope = self.query(low).unflatten(-1, (-1, c.nope_dim + c.rope_dim)).split((c.nope_dim, c.rope_dim), -1)
         return Query(nope, c.rope.rotate(rope, sequence.position))
 
-    def leave(self, x: Tensor, sequence: Sequence) -> State:
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         """One latent and one rotated key a token."""
         c = self.config
         latent, key_rope = self.latent(x).split((c.latent, c.rope_dim), -1)
@@ -154,7 +177,7 @@ class MLA(Attention):
 
     def _expanded(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
         readables = [(*self.expand(entries), Visibility.of(entries, sequence)) for entries in pieces]
-        return read(self.core, torch.cat(query, -1), readables, self.scale)
+        return read(self.core, torch.cat(query, -1), readables, self.scale, self.sink)
 
     def _absorbed(self, query: Query, pieces: list[Entries], sequence: Sequence) -> Tensor:
         low = self.absorb(query)
@@ -163,7 +186,7 @@ class MLA(Attention):
             latents = self.latents(entries)
             rope = entries.parts["rope"].unsqueeze(2).expand(-1, -1, latents.shape[2], -1)
             readables.append((torch.cat((latents, rope), -1), latents, Visibility.of(entries, sequence)))
-        return self.lift(read(self.core, low, readables, self.scale))
+        return self.lift(read(self.core, low, readables, self.scale, self.sink))
 
     def absorb(self, query: Query) -> Tensor:
         """Queries that read latents as they are: [B, S, H, latent + rope_dim]."""
@@ -183,6 +206,8 @@ class MLA(Attention):
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config
+        if not self.reads:
+            return Flops(queries * self.latent.flops())
         scored = pairs(self.slots()[0], queries, context)
         if queries < context and queries <= self._break_even():
             return self.absorbed_flops(queries, scored)

@@ -9,10 +9,12 @@ one rotated key that all heads share, or, without it, in the latent keys.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from models import output, sink
 from models.contract import (
     Attention,
     Flops,
@@ -30,6 +32,7 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope
 
@@ -38,7 +41,8 @@ from models.rope import Rope
 class Config:
     """rank: numbers cached for each KV head's key, and for its value; head_dim / rank is the ratio of compression.
 
-    rope_dim: size of the rotated key that all heads share, 0 to rotate the latent keys.
+    rope_dim: size of the rotated key that all heads share, 0 to rotate the latent keys. sink: see models.sink.
+    output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -46,7 +50,10 @@ class Config:
     head_dim: int
     rank: int
     rope_dim: int = 0
+    sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -58,9 +65,11 @@ class Config:
         rotated, name = (self.rope_dim, "rope_dim") if self.rope_dim else (self.rank, "rank, which is rotated,")
         if self.rope_dim < 0 or rotated % 2:
             raise ValueError(f"{name} ({rotated}) must be even and not negative")
+        if self.output is not None:
+            self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> PerHeadLatent:
-        return PerHeadLatent(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> PerHeadLatent:
+        return PerHeadLatent(self, width, writes, reads)
 
 
 class Expansion(Module):
@@ -95,15 +104,18 @@ class PerHeadLatent(Attention):
     """Cached: a key latent and a value latent for each KV head, and the shared rotated key."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.scale = writes, width, (c.head_dim + c.rope_dim) ** -0.5
-        self.query = Linear(width, c.heads * (c.head_dim + c.rope_dim), ("heads", "width"))
-        self.key_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
-        self.value_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        self.writes, self.reads, self.scale = writes, reads, (c.head_dim + c.rope_dim) ** -0.5
+        if reads:
+            self.query = Linear(width, c.heads * (c.head_dim + c.rope_dim), ("heads", "width"))
+            self.key_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
+            self.value_expansion = Expansion(c.kv_heads, c.head_dim, c.rank)
+            self.output = output.build(c.output, c.heads * c.head_dim, width)
+            sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Linear(width, c.kv_heads * c.rank, ("kv_heads", "width"))
             self.value = Linear(width, c.kv_heads * c.rank, ("kv_heads", "width"))
@@ -126,15 +138,17 @@ class PerHeadLatent(Attention):
             query = torch.cat((query, c.rope.rotate(rope, sequence.position)), -1)
         else:
             query = c.rope.rotate(query, sequence.position)
-        if not self.writes:
-            return query, {}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        c = self.config
         key, value = (linear(x).unflatten(-1, (-1, c.rank)) for linear in (self.key, self.value))
         parts = {"key": key, "value": value}
         if c.rope_dim:
             parts["rope"] = c.rope.rotate(self.key_rope(x), sequence.position)
         else:
             parts["key"] = c.rope.rotate(key, sequence.position)
-        return query, {"latents": at_tokens(sequence, parts)}
+        return {"latents": at_tokens(sequence, parts)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = []
@@ -144,16 +158,18 @@ class PerHeadLatent(Attention):
                 shared = entries.parts["rope"].unsqueeze(2).expand(-1, -1, key.shape[2], -1)
                 key = torch.cat((key, shared), -1)
             readables.append((key, value, Visibility.of(entries, sequence)))
-        out = read(self.core, query, readables, self.scale)
+        out = read(self.core, query, readables, self.scale, self.sink)
         return Result(self.output(self.value_expansion.from_latent(out).flatten(-2)))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config
-        projections = self.query.flops() + self.output.flops()
-        projections += self.key_expansion.flops(c.heads) + self.value_expansion.flops(c.heads)
+        left = 0.0
         if self.writes:
-            projections += self.key.flops() + self.value.flops()
-            projections += self.key_rope.flops() if c.rope_dim else 0.0
+            left = self.key.flops() + self.value.flops() + (self.key_rope.flops() if c.rope_dim else 0.0)
+        if not self.reads:
+            return Flops(queries * left)
+        projections = self.query.flops() + self.output.flops() + left
+        projections += self.key_expansion.flops(c.heads) + self.value_expansion.flops(c.heads)
         per_pair = 2.0 * c.heads * (2 * c.rank + c.rope_dim)
         return Flops(queries * projections, pairs(self.slots()[0], queries, context) * per_pair)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,8 +16,10 @@ from models.shared_kv import SharedConfig, SharedKV
 class Config(SharedConfig):
     """See SharedConfig."""
 
-    def build(self, width: int, *, writes: bool = True) -> SWA:
-        return SWA(self, width, writes)
+    stands_alone: ClassVar[bool] = True
+
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> SWA:
+        return SWA(self, width, writes, reads)
 
 
 class SWA(SharedKV):
@@ -27,12 +30,15 @@ class SWA(SharedKV):
 
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, State]:
         query = self.query_heads(self.query_latent(x), sequence)
-        return query, {"window": self.window(x, sequence)} if self.writes else {}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
+        return {"window": self.window(x, sequence)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         readables = self.readables(pieces["window"], sequence, self.config.window)
         return Result(self.leave(read(self.core, query, readables, self.scale, self.sink), sequence))
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        scored = pairs(self.window_slot(), queries, context)
+        scored = pairs(self.window_slot(), queries, context) if self.reads else 0.0
         return Flops(queries * self.projections(), scored * self.flops_of_pair())

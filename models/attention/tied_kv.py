@@ -31,8 +31,8 @@ class Config(gqa.Config):
         if not (self.qk_norm and self.value_norm):
             raise ValueError("qk_norm and value_norm must be true: one norm makes the key and the value of a head")
 
-    def build(self, width: int, *, writes: bool = True) -> TiedKV:
-        return TiedKV(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> TiedKV:
+        return TiedKV(self, width, writes, reads)
 
 
 class TiedKV(gqa.GQA):
@@ -45,7 +45,7 @@ class TiedKV(gqa.GQA):
         c = self.config
         if self.writes:
             self.key = Linear(self.width, c.kv_heads * c.head_dim, ("kv_heads", "width"), bias=c.bias)
-        if self.writes or c.keeps == "value":
+        if self.writes if c.keeps == "both" else self.reads:  # whoever makes the keys
             self.key_norm = Gain(c.head_dim, "head_dim", self.first_gain())
 
     def slots(self) -> tuple[Slot, ...]:

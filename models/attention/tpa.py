@@ -7,10 +7,12 @@ rotation acts on b alone, so what is cached is rotated already (section 3.2).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from models import output, sink
 from models.contract import (
     Attention,
     Entries,
@@ -29,20 +31,26 @@ from models.contract import (
 from models.cores import blockwise
 from models.cores.merge import Core, read
 from models.linear import Linear, full_precision
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope
 
 
 @dataclass(frozen=True)
 class Config:
-    """query_rank: null for a full query projection ("KV only"). key_rank, value_rank: outer products a token keeps."""
+    """query_rank: null for a full query projection ("KV only"). key_rank, value_rank: outer products a token keeps.
+    sink: see models.sink. output: null for one matrix, see models.output.
+    """
 
     heads: int
     head_dim: int
     query_rank: int | None = 6
     key_rank: int = 2
     value_rank: int = 2
+    sink: bool = False
+    output: Grouped | None = None
     rope: Rope = field(default_factory=Rope)
+    stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.key_rank, self.value_rank) < 1:
@@ -51,9 +59,11 @@ class Config:
             raise ValueError(f"query_rank ({self.query_rank}) must be positive; null is a full query projection")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated")
+        if self.output is not None:
+            self.output.check(self.heads)
 
-    def build(self, width: int, *, writes: bool = True) -> TPA:
-        return TPA(self, width, writes)
+    def build(self, width: int, *, writes: bool = True, reads: bool = True) -> TPA:
+        return TPA(self, width, writes, reads)
 
 
 class Factors(Module):
@@ -77,17 +87,20 @@ class TPA(Attention):
     """Cached: the factors of key and value. Materialised to plain heads in training, read as factors in decode."""
 
     core: Core = staticmethod(blockwise.core)
+    sink: Tensor | None
 
-    def __init__(self, config: Config, width: int, writes: bool) -> None:
+    def __init__(self, config: Config, width: int, writes: bool, reads: bool = True) -> None:
         super().__init__()
         c = self.config = config
-        self.writes, self.width, self.scale = writes, width, c.head_dim**-0.5
+        self.writes, self.reads, self.scale = writes, reads, c.head_dim**-0.5
         self.query: Linear | Factors
-        if c.query_rank is None:
-            self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
-        else:
-            self.query = Factors(width, c.heads, c.head_dim, c.query_rank)
-        self.output = Linear(c.heads * c.head_dim, width, ("width", "heads"), "output")
+        if reads:
+            if c.query_rank is None:
+                self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
+            else:
+                self.query = Factors(width, c.heads, c.head_dim, c.query_rank)
+            self.output = output.build(c.output, c.heads * c.head_dim, width)
+            sink.declare(self, c.heads, wanted=c.sink)
         if writes:
             self.key = Factors(width, c.heads, c.head_dim, c.key_rank)
             self.value = Factors(width, c.heads, c.head_dim, c.value_rank)
@@ -109,12 +122,13 @@ class TPA(Attention):
             query = _heads(by_head, rope.rotate(by_dim, sequence.position))
         else:
             query = rope.rotate(self.query(x).unflatten(-1, (-1, self.config.head_dim)), sequence.position)
-        if not self.writes:
-            return query, {}
+        return query, self.write(x, sequence) if self.writes else {}
+
+    def write(self, x: Tensor, sequence: Sequence) -> State:
         (key_head, key_dim), (value_head, value_dim) = self.key(x), self.value(x)
-        parts = {"key_head": key_head, "key_dim": rope.rotate(key_dim, sequence.position)}
+        parts = {"key_head": key_head, "key_dim": self.config.rope.rotate(key_dim, sequence.position)}
         parts |= {"value_head": value_head, "value_dim": value_dim}
-        return query, {"factors": at_tokens(sequence, parts)}
+        return {"factors": at_tokens(sequence, parts)}
 
     def attend(self, query: Tensor, pieces: Pieces, sequence: Sequence) -> Result:
         entries = pieces["factors"]
@@ -145,15 +159,18 @@ class TPA(Attention):
         for entries in pieces:
             key, value = (_heads(entries.parts[f"{n}_head"], entries.parts[f"{n}_dim"]) for n in ("key", "value"))
             readables.append((key, value, Visibility.of(entries, sequence)))
-        return read(self.core, query, readables, self.scale)
+        return read(self.core, query, readables, self.scale, self.sink)
 
     def _factorised(self, query: Tensor, pieces: list[Entries], sequence: Sequence) -> Tensor:
         """Softmax over all pieces without a key or value of T × H × head_dim: for few queries."""
-        scores = torch.cat([self._scores(query, entries, sequence) for entries in pieces], -1)
+        scores = [self._scores(query, entries, sequence) for entries in pieces]
+        sizes = [entries.position.shape[1] for entries in pieces]
+        if self.sink is not None:
+            scores.append(self.sink.to(scores[0].dtype)[:, None, None].expand_as(scores[0][..., :1]))
         # every query sees itself, or is padding that nobody reads
-        weights = torch.softmax(scores, -1).nan_to_num()
+        weights = torch.softmax(torch.cat(scores, -1), -1).nan_to_num()[..., : sum(sizes)]
         out = torch.zeros_like(query)
-        for entries, weight in zip(pieces, weights.split([e.position.shape[1] for e in pieces], -1), strict=True):
+        for entries, weight in zip(pieces, weights.split(sizes, -1), strict=True):
             by_head, by_dim = entries.parts["value_head"], entries.parts["value_dim"]
             mixed = torch.einsum("bhst,btrh->bshtr", weight.to(query.dtype), by_head)
             out = out + torch.einsum("bshtr,btrd->bshd", mixed, by_dim) / self.config.value_rank
@@ -168,11 +185,12 @@ class TPA(Attention):
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
         c = self.config
-        projections = self.query.flops() + self.output.flops()
+        left = self.key.flops() + self.value.flops() if self.writes else 0.0
+        if not self.reads:
+            return Flops(queries * left)
+        projections = self.query.flops() + self.output.flops() + left
         if c.query_rank is not None:
             projections += 2.0 * c.query_rank * c.heads * c.head_dim
-        if self.writes:
-            projections += self.key.flops() + self.value.flops()
         scored = pairs(self.slots()[0], queries, context)
         if queries < context and self._factorises(queries):
             return Flops(queries * projections, scored * self._factorised_flops())

@@ -60,6 +60,8 @@ def picture(found: Named, model: Model) -> str:
         first, last = depths[0], depths[-1]
         span = f"layer {first['layer']}" if len(depths) == 1 else f"layers {first['layer']}–{last['layer']}"
         lines += ["", f"{span}  ×{len(depths)}", _wrapped("attention", first["attention"])]
+        if first["stands_alone"]:
+            lines += ["    reads      what a writer leaves that stands alone, before the attention"]
         if first["writes"]:
             lines += [f"    leaves     {_slot_words(slot)}" for slot in first["slots"]]
         else:
@@ -74,7 +76,8 @@ def _layers(model: Model) -> list[dict[str, Any]]:
         {
             "layer": sublayer.layer,
             "reads": sublayer.writer,
-            "writes": sublayer.attention.writes,
+            "writes": sublayer.writes,
+            "stands_alone": sublayer.alone is not None,
             "attention": {"scheme": plan.attention["scheme"], **dataclasses.asdict(layer.attention)},
             "feedforward": {"scheme": plan.feedforward["scheme"], **dataclasses.asdict(layer.feedforward)},
             **_injection(plan, layer),

@@ -1,6 +1,6 @@
 """Softmax cores: how scores become a weighted sum, apart from what is scored.
 
-Every core has one signature and computes the same function:
+Every core has one signature and computes the same function, of which those in `approximate` are no more than near:
 
     core(q [B, S, H, d], k [B, T, K, d], v [B, T, K, e], visibility, scale, lse=False) -> (out [B, S, H, e], lse [B, S,
     H])

@@ -2,7 +2,8 @@
 
 Rows of one document, read to their start: PyTorch's scaled_dot_product_attention, cuDNN's kernel first (FlashAttention,
 arXiv 2307.08691, otherwise). Packed documents and windows: FlexAttention (arXiv 2412.05496) with the block masks that
-`prepare` made once for all layers. Everything else (cached or compressed entries): the blockwise core.
+`prepare` made once for all layers. Everything else (cached or compressed entries; rows of one document that are read to
+their start beside a sink): the blockwise core.
 """
 
 from __future__ import annotations

@@ -131,8 +131,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
         "rope_dim": p.rotated(),
         "query_latent": p.q_lora_rank,
         "window": p.sliding_window,
-        "groups": p.o_groups,
-        "group_rank": p.o_lora_rank,
+        "output": {"groups": p.o_groups, "rank": p.o_lora_rank},
         "norm_eps": p.rms_norm_eps,
     }
     indexer = {"heads": p.index_n_heads, "head_dim": p.index_head_dim, "top_k": p.index_topk}
@@ -197,8 +196,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "head_dim": a.head_dim,
         "q_lora_rank": a.query_latent,
         "sliding_window": a.window,
-        "o_groups": a.groups,
-        "o_lora_rank": a.group_rank,
+        "o_groups": a.output.groups,
+        "o_lora_rank": a.output.rank,
         "partial_rotary_factor": a.rope_dim / a.head_dim,
         "layer_types": kinds,
         "compress_rates": {kind: by_kind[kind].rate if kind in by_kind else rate for kind, rate in RATES.items()},
@@ -250,7 +249,7 @@ ATTENTION: Mapping[str, tuple[str, ...]] = {
     "query.weight": ("attn.wq_b.weight", "self_attn.q_b_proj.weight"),
     "kv.weight": ("attn.wkv.weight", "self_attn.kv_proj.weight"),
     "kv_norm.gain": ("attn.norm.weight", "self_attn.kv_norm.weight", "attn.kv_norm.weight"),
-    "output.weight": ("attn.wo_b.weight", "self_attn.o_b_proj.weight"),
+    "output.wide.weight": ("attn.wo_b.weight", "self_attn.o_b_proj.weight"),
     "index_query.query.weight": ("attn.indexer.wq_b.weight", "self_attn.compressor.indexer.q_b_proj.weight"),
     "index_query.weight.weight": (
         "attn.indexer.weights_proj.weight",
@@ -295,7 +294,7 @@ def tensor_names(config: ModelConfig) -> Names:
         f"blocks.{{layer}}.{ours}": _at_depth(theirs) for ours, theirs in rows.items()
     }
     group = _at_depth(("attn.wo_a.weight", "self_attn.o_a_proj.weight"))
-    found[f"blocks.{{layer}}.{attention}.group_output.weight"] = tuple(Flat(str(name)) for name in group)
+    found[f"blocks.{{layer}}.{attention}.output.narrow.weight"] = tuple(Flat(str(name)) for name in group)
     experts = "ffn.experts.{expert}"
     found |= {
         f"blocks.{{layer}}.{feedforward}.experts.gate_up": (

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
+from models.cores import approximate
+from models.cores.merge import Core
 from models.linear import full_precision
 from models.mode import Mode
 from models.model import Losses, Model, Scores
@@ -71,8 +73,9 @@ class Engine:
         self.prepare = getattr(core, "prepare", None)
         self.slots = [slot for attention in model.attentions() for slot in attention.slots()]
         self.leads = sorted({slot.lead for slot in self.slots if slot.kind == "entry"})
+        self.core: Core = core.core
         for attention in model.attentions():
-            attention.core = core.core
+            attention.core = self.core
         self.model = apply(
             model,
             self.mesh,
@@ -81,6 +84,7 @@ class Engine:
             reshard_after_forward=config.parallel.reshard_after_forward,
             seed=train.seed,
         )
+        self.approximated = approximate.cores(train.approximate, self.model.attentions())
         selectors = [part for attention in self.model.attentions() for part in attention.selector()]
         self.selector = [parameter for part in selectors for parameter in part.parameters()]
         mine = set(self.selector)
@@ -99,12 +103,18 @@ class Engine:
             for parameter in self.trunk:
                 parameter.requires_grad_(mode != "warmup")
 
+    def _approximate(self, wanted: bool) -> None:
+        """Training alone, and none that is to be dense or trains what chooses, reads less than all."""
+        for attention, core in self.approximated:
+            attention.core = core if wanted else self.core
+
     def watch(self) -> Watch:
         """For the statistics of the next step."""
         return Watch(self.model, self.mesh)
 
     def step(self, batch: Batch, learning_rate: float, clock: Clock, watch: Watch | None = None) -> Step:
         """One optimizer step over this rank's `batch`, in micro-batches; losses divide by global counts."""
+        self._approximate(self.mode == "sparse")
         device = self.ranks.device
         # filled on the device: copying them from the host would wait for the step before
         own = [int(local_readers(batch.position, batch.document, lead)) for lead in self.leads]
@@ -172,6 +182,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Over all ranks' shares of `batches`, of which each rank has as many."""
+        self._approximate(False)
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         edges, by_position = [0], sums.new_zeros(2, 0)
         for batch in batches:

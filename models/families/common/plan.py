@@ -35,7 +35,7 @@ def layers(model: ModelConfig, schemes: Mapping[str, Collection[str]], *, shared
             if section is not None and section.get("scheme") not in known:
                 raise Refused(f"layer {depth}'s {folder} is {section.get('scheme')}, not {' or '.join(known)}")
         if plan.reads is not None and not shared:
-            raise Refused(f"layer {depth} reads another layer's state")
+            raise Refused(f"layer {depth} reads {'a writer' if plan.reads == 'alone' else 'another layer'}'s state")
     return resolve(model)
 
 

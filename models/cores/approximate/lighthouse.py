@@ -25,13 +25,14 @@ from models.selection import selected
 
 
 @dataclass(frozen=True)
-class Lighthouse:
+class Config:
     """levels: of the pyramid, tokens included. factor: entries that are pooled into one. keep: parents a level, whose
-    children are kept."""
+    children are kept. dense: layers that read all, -1 being the last; in the paper the first two and the last two."""
 
     levels: int = 3
     factor: int = 2
     keep: int = 512
+    dense: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.levels < 2 or self.factor < 2 or self.keep < 1:
