@@ -44,6 +44,7 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="the whole suite runs: an expected skip that is absent fails")
+    parser.addoption("--plans", type=int, default=10, help="how many random layer plans are tried [10]")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
