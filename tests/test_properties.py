@@ -24,6 +24,7 @@ from models.model import Losses, Model
 from models.parameter import ROLES, named_specs
 from models.sequence import Whole
 from parallel.recompute import recompute
+from tests.graphs import GRAPHS
 from tests.schemes import ROWS, VOCAB, Plan, Row, anchors, gqa, hca, layer, mla, packed, tokens
 from tests.sharded import Form, in_shards
 from tests.watch import Watch
@@ -370,14 +371,18 @@ def _all_of(model: Model, ids: Tensor, sequence: Sequence) -> Tensor:
     return torch.cat((logits_of(model, ids, sequence).flatten(), extra[None])).detach()
 
 
-@every_row
-def test_compiled(row: Row) -> None:
-    """The whole model as one graph, forward and backward."""
+@pytest.mark.parametrize(("row", "backend"), GRAPHS)
+def test_compiled(row: Row, backend: str) -> None:
+    """The whole model as one graph; where a mechanism is new to the table, so is its backward.
+
+    Tracing costs seconds a layer, so not every row: each mechanism, each kind of reading and each kind of value of each
+    of their options is in one of these.
+    """
     model, sequence = row.model_in(torch.float32, torch.bfloat16), ragged(row)
     ids = tokens(*sequence.position.shape)
     targets = targets_of(ids, sequence)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     eager = losses_of(model, ids, sequence, targets)
     graph = losses_of(compiled, ids, sequence, targets)  # type: ignore[arg-type]
     close(graph.cross_entropy, eager.cross_entropy, 1e-5)
