@@ -6,7 +6,6 @@ the document NOTHING, leave nothing behind and see nothing. Entries carry their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +72,20 @@ class Store:
         self._write(new, kept, new.position // self.slot.stride % capacity)
         return readable.concatenate(Entries(new.parts, new.position, torch.where(valid, 0, NOTHING)))
 
+    def drop(self, which: Tensor) -> None:
+        """Forget the entries `which` [B, capacity]; the others keep their positions. Raises ValueError for a tail."""
+        if self.slot.kind == "tail":
+            raise ValueError(f"{self.slot.name} is a tail, whose rows the next entry is made of; only entries can go")
+        kept = (self.position != NOTHING) & ~which
+        position = torch.where(kept, self.position, NOTHING)
+        if self.slot.reach is not None:  # a ring's places are a matter of position
+            self.position = position
+            return
+        order = torch.argsort((~kept).to(torch.int8), dim=1, stable=True)
+        rows = torch.arange(order.shape[0], device=order.device)[:, None]
+        self.parts = {name: part[rows, order] for name, part in self.parts.items()}
+        self.position, self.count = position.gather(1, order), kept.sum(1)
+
     def _write(self, new: Entries, which: Tensor, place: Tensor) -> None:
         row, index = which.nonzero(as_tuple=True)
         target = place[row, index]
@@ -119,23 +132,23 @@ class Cache:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything in it, to be saved, restored and appended to."""
-        state = {"length": self.length}
-        for name, store in self._named_stores():
-            state |= {f"{name}.{part}": value for part, value in store.parts.items()}
-            state |= {f"{name}.@position": store.position, f"{name}.@count": store.count}
-        return {key: value.clone() for key, value in state.items()}
+        return {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.length = state["length"].clone()
-        for name, store in self._named_stores():
-            for part, value in store.parts.items():
-                value.copy_(state[f"{name}.{part}"])
-            store.position.copy_(state[f"{name}.@position"])
-            store.count.copy_(state[f"{name}.@count"])
+        """Raises ValueError for the state of a cache of other shapes; one row would be spread over all."""
+        tensors = self._tensors()
+        if {name: tensor.shape for name, tensor in state.items()} != {name: t.shape for name, t in tensors.items()}:
+            raise ValueError("a saved cache is of another model, number of rows or number of tokens than this one")
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
 
-    def _named_stores(self) -> Iterator[tuple[str, Store]]:
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"length": self.length}
         for (layer, slot), store in self.stores.items():
-            yield f"{layer}.{slot}", store
+            name = f"{layer}.{slot}"
+            tensors |= {f"{name}.{part}": value for part, value in store.parts.items()}
+            tensors |= {f"{name}.@position": store.position, f"{name}.@count": store.count}
+        return tensors
 
 
 class Cached:

@@ -127,6 +127,7 @@ class Model(nn.Module):
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             rules.initialise(drawn, spec, generator)
             write(parameter, drawn)
+            del drawn  # or it would live until the next one is there too
         for name, module in self.named_modules():
             if isinstance(module, Module):
                 module.start_buffers(torch.Generator().manual_seed(_seed_of(seed, name)))
@@ -179,11 +180,14 @@ def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Bloc
         before, after = (norm.build(config.norm, config.width, config.norm_eps) for _ in range(2))
         return residual.build(config.width), before, after if config.post_norm else None
 
-    attention = layer.attention.build(config.width, writes=layer.writer == index and not layer.alone)
     alone = None
     if layer.alone:
         of_its_own = norm.build(config.norm, config.width, config.norm_eps)
         alone = Writer(of_its_own, layer.attention.build(config.width, reads=False))
+    try:
+        attention = layer.attention.build(config.width, writes=layer.writer == index and not layer.alone)
+    except ValueError as error:
+        raise Refused(f"model.layers: layer {index} cannot be: {error}.") from error
     sublayers: dict[str, Sublayer] = {
         "attention": AttentionSublayer(attention, index, layer.writer, *around(), alone),
         "feedforward": FeedForwardSublayer(layer.feedforward.build(config.width), *around()),

@@ -5,6 +5,8 @@ The model comes from the meta device, so nothing is ever whole on one rank excep
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,6 +58,8 @@ def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
             block, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=reshard_after_forward
         )
     fully_shard(model, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
+    # a state that a later layer reads may hold views; FSDP hooks its gradient, and nothing writes into what is carried
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor", UserWarning)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

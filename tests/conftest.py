@@ -21,6 +21,9 @@ from tests import skips
 from tests.ranks import runner
 from tests.settle import settle
 
+LONGEST_FIRST = ("test_readme", "test_slurm", "test_resume", "test_add_a_scheme", "test_engine", "test_refusals")
+"""Files whose tests take tens of seconds, or wait: begun last, one of them would leave the other cores idle."""
+
 # The machines that run this are shared and slow: an example that takes long is no failure.
 hypothesis.settings.register_profile("keyhole", deadline=None)
 hypothesis.settings.load_profile("keyhole")
@@ -44,6 +47,12 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="the whole suite runs: an expected skip that is absent fails")
+    parser.addoption("--plans", type=int, default=16, help="how many random layer plans are tried [16]")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

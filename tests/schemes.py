@@ -240,7 +240,7 @@ TABLE: dict[str, Row] = {
     ),
     "gqa gate": Row((layer(gqa(gate="head")), layer(gqa(heads=6, gate="head"), reads=-1))),
     "gqa gate by element": Row((layer(gqa(gate="element", qk_norm=True, rope_dim=4, rope=YARN)),)),
-    "anchors": Row((layer(anchors()),)),
+    "anchors": Row((layer(anchors()), layer(anchors(window=2), reads=-1))),
     "anchors beyond the window, shared": Row(
         (layer(anchors(window=2, first=5, stride=4)), layer(anchors(window=2, first=5, stride=4, heads=6), reads=0))
     ),
@@ -284,7 +284,9 @@ TABLE: dict[str, Row] = {
         {"residual": {"scheme": "affine"}, "tied": True},
     ),
     "gqa shared": Row((layer(gqa()), layer(gqa(heads=6), reads=-1), layer(gqa(qk_norm=True), reads=0))),
-    "gqa window shared": Row((layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1))),
+    "gqa window shared": Row(
+        (layer(gqa(window=5)), layer(gqa(window=5, heads=2), reads=-1), layer(gqa(window=3), reads=0))
+    ),
     "gla": Row((layer(gla()), layer(gla(query_latent=7, heads=2), reads=-1))),
     "gla a latent a head sink": Row((layer(gla(latents=4, latent=3, bias=True, sink=True, rescale=True)),)),
     "yoco": Row(

@@ -112,11 +112,18 @@ class SlurmCluster:
         self.wait(started, f"job {job} to start")
 
     def wait(self, condition: Callable[[], bool], what: str, timeout: float = 240.0) -> None:
-        """Until `condition` holds; fails naming `what` after `timeout` seconds."""
+        """Until `condition` holds; fails naming `what` after `timeout` seconds.
+
+        Asking is a small part of waiting: a command of SLURM would otherwise take from the jobs the core they run on.
+        """
         deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}\n{self.log()}"
-            time.sleep(0.02)
+        while True:
+            began = time.monotonic()
+            if condition():
+                return
+            now = time.monotonic()
+            assert now < deadline, f"waited {timeout:.0f} s for {what}\n{self.log()}"
+            time.sleep(min(max(0.02, 8 * (now - began)), 0.5))
 
     def log(self) -> str:
         """The last lines of the controller."""

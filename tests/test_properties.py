@@ -24,6 +24,7 @@ from models.model import Losses, Model
 from models.parameter import ROLES, named_specs
 from models.sequence import Whole
 from parallel.recompute import recompute
+from tests.graphs import GRAPHS
 from tests.schemes import ROWS, VOCAB, Plan, Row, anchors, gqa, hca, layer, mla, packed, tokens
 from tests.sharded import Form, in_shards
 from tests.watch import Watch
@@ -231,13 +232,25 @@ def test_declared_flops_are_measured(row: Row) -> None:
     advance(model, cache, ids[:, :-1])
     with FlopCounterMode(display=False) as counter:
         advance(model, cache, ids[:, -1:])
-    assert counter.get_total_flops() == cost.flops(model, 1, length, _pairs_in_cache).total
+    assert counter.get_total_flops() == _flops_of_a_step(model, length)
 
 
-def _pairs_in_cache(slot: Slot, queries: int, context: int) -> float:
-    """A ring is read as it was before the step, beside the new tokens; what is out of reach is masked."""
-    entries = slot.entries(context) if slot.chosen is None else min(slot.entries(context), slot.chosen)
-    return float(queries * (entries + (0 if slot.reach is None else queries)))
+def _flops_of_a_step(model: Model, length: int) -> float:
+    """A ring is read as it was before the step, beside the new token; what is out of reach is masked. A ring is as long
+    as its writer's window: a reader with a shorter one masks more."""
+    sublayers = model.attention_sublayers()
+    kept = {sublayer.layer: {slot.name: slot for slot in sublayer.attention.slots()} for sublayer in sublayers}
+    total = cost.flops(model, 1, length, lambda slot, queries, context: 0.0).total
+    for sublayer in sublayers:
+
+        def in_cache(slot: Slot, queries: int, context: int, of: int = sublayer.writer) -> float:
+            ring = kept[of][slot.name]
+            entries = ring.entries(context) if slot.chosen is None else min(ring.entries(context), slot.chosen)
+            return float(entries + (0 if ring.reach is None else 1))
+
+        without = sublayer.attention.flops(1, length, lambda slot, queries, context: 0.0)
+        total += sublayer.attention.flops(1, length, in_cache).total - without.total
+    return total
 
 
 @every_row
@@ -316,6 +329,10 @@ def test_initialised_and_trained(row: Row) -> None:
     assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
     again = Model(row.config(), torch.float64).double()
     again.initialise(seed=0)
+    with Watch() as watch:
+        again.initialise(seed=0, write=lambda parameter, drawn: None)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert watch.peak <= 4 * max(parameter.numel() for parameter in model.parameters()) + buffers, "two whole at once"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     sequence = ragged(row)
     ids = tokens(*sequence.position.shape)
@@ -358,39 +375,24 @@ def _all_of(model: Model, ids: Tensor, sequence: Sequence) -> Tensor:
     return torch.cat((logits_of(model, ids, sequence).flatten(), extra[None])).detach()
 
 
-@every_row
-def test_compiled(row: Row) -> None:
-    """The whole model as one graph, forward and backward."""
+@pytest.mark.parametrize(("row", "backend"), GRAPHS)
+def test_compiled(row: Row, backend: str) -> None:
+    """The whole model as one graph; where a mechanism is new to the table, so is its backward.
+
+    Tracing costs seconds a layer, so not every row: each mechanism, each kind of reading and each kind of value of each
+    of their options is in one of these.
+    """
     model, sequence = row.model_in(torch.float32, torch.bfloat16), ragged(row)
     ids = tokens(*sequence.position.shape)
     targets = targets_of(ids, sequence)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     eager = losses_of(model, ids, sequence, targets)
     graph = losses_of(compiled, ids, sequence, targets)  # type: ignore[arg-type]
     close(graph.cross_entropy, eager.cross_entropy, 1e-5)
     close_gradients(
         gradients(model, graph.cross_entropy + graph.extra), gradients(model, eager.cross_entropy + eager.extra), 1e-5
     )
-
-
-NARROWER = Row(
-    (
-        layer(gqa(window=5)),
-        layer(gqa(window=3), reads=-1),
-        layer(gqa(window=5), reads=0),
-        layer(anchors()),
-        layer(anchors(window=2), reads=-1),
-    )
-)
-
-
-def test_a_reader_may_look_less_far_than_its_writer() -> None:
-    test_causal(NARROWER)
-    test_packed_is_separate(NARROWER)
-    test_cached_is_full(NARROWER)
-    for form in FORMS:
-        test_sharded_is_whole(NARROWER, form)
 
 
 @pytest.mark.parametrize(
