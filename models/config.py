@@ -43,7 +43,8 @@ class ModelConfig:
 
     norm: before each sublayer and the head. post_norm: one more on each sublayer's output. block_scale: a number for
     each layer, by which the residual is multiplied at its end (both Gemma 4). embedding_scale: factor on the embedding,
-    rounded to the compute dtype. logit_cap: the logits are capped by a tanh to ± this.
+    rounded to the compute dtype. logit_cap: the logits are capped by a tanh to ± this. mtp: modules that training adds,
+    to predict tokens further ahead (models/ahead.py); null for none.
     """
 
     vocab: int
@@ -58,6 +59,7 @@ class ModelConfig:
     block_scale: bool = False
     embedding_scale: float = 1.0
     logit_cap: float | None = None
+    mtp: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.logit_cap is not None and self.logit_cap <= 0:
@@ -84,6 +86,15 @@ def resolve(config: ModelConfig) -> list[Layer]:
             for p, plan in enumerate(stack.of):
                 layers.append(_resolve_layer(plan, layers, f"model.layers[{s}].of[{p}]"))
     return layers
+
+
+def resolve_mtp(config: ModelConfig) -> tuple[Any, Layer] | None:
+    """Multi-token prediction: its scheme's own config, and the layer of its blocks; None where there is none. Raises
+    schema.Refused where it cannot be."""
+    if config.mtp is None:
+        return None
+    found = mechanism.config_of("mtp", config.mtp, "model.mtp")
+    return found, _resolve_layer(found.layer, [], "model.mtp.layer")
 
 
 def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:

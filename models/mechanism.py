@@ -15,7 +15,7 @@ from conf import schema
 
 
 def available(folder: str) -> list[str]:
-    """The schemes of `folder` ("attention", "feedforward", "injection", "residual"), sorted."""
+    """The schemes of `folder` ("attention", "feedforward", "injection", "residual", "mtp"), sorted."""
     package = importlib.import_module(f"models.{folder}")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 

@@ -28,12 +28,13 @@ from train.ranks import Ranks
 RunRanks = Callable[..., list[Any]]
 Results = dict[str, Tensor]
 
-ROWS, LENGTH, STEPS = 8, 12, 3
+ROWS, LENGTH, STEPS, DEPTH = 8, 12, 3, 2
 TOLERANCE = 1e-10  # of the norm of the difference to the norm
 OPTIMIZERS = (["optimizer=adamw"], ["optimizer=muon", "optimizer.precision=float64"])
 BASE = [
     *TINY, f"train.sequence_length={LENGTH}", f"train.batch_tokens={ROWS * LENGTH}", "train.micro_batch=8",
     "train.clip=0.1", "moe.balance_loss=0.1", "moe.z_loss=0.1", "moe.bias_rate=0.01", "attention.window=5",
+    "+model.mtp={scheme:concat,depth:2,layer:{attention:${attention},feedforward:${moe}}}",
 ]  # fmt: skip
 
 
@@ -58,7 +59,9 @@ def this_rank() -> Ranks:
 
 
 def loader(length: int = LENGTH) -> Loader:
-    return Loader(Documents(), sequence_length=length, rank=dist.get_rank(), world_size=dist.get_world_size())
+    return Loader(
+        Documents(), sequence_length=length, depth=DEPTH, rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
 
 
 def starve(engine: Engine) -> None:
@@ -86,7 +89,7 @@ def _train(overrides: list[str], prepare: Callable[[Engine], None] = starve) -> 
     engine.optimizer.register_step_pre_hook(note_gradients)
     for step in range(STEPS):
         result = engine.step(data.batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu")))
-        for name in ("loss", "extra", "grad_norm"):
+        for name in ("loss", "extra", "grad_norm", "mtp_loss"):
             results[f"step {step} {name}"] = getattr(result, name)
         results |= {f"step {step} load of layer {layer}": load for layer, load in result.loads.items()}
     results |= everything(engine.model, engine.optimizer)
@@ -126,7 +129,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 def test_the_reference_shows_what_it_should(expected: list[Results]) -> None:
     for results in expected:
         loads = torch.stack([value for name, value in results.items() if name.startswith("step 0 load ")])
-        assert loads.shape == (2, 4)
+        assert loads.shape == (2 + DEPTH, 4)
         assert (loads[:, 0] == 0).all()
         assert (loads[:, 1:] > 0).all()
         assert results["step 0 grad_norm"] > 0.1  # the limit: clipping does something
@@ -220,7 +223,7 @@ is what rounding leaves of nothing."""
 
 
 def _train_shipped(names: dict[str, str]) -> dict[str, Results]:
-    base = [value for value in BASE if not value.startswith(("attention.", "moe.", "model."))]
+    base = [value for value in BASE if not value.startswith(("attention.", "moe.", "model.", "+model."))]
     found = {name: _train([*base, "train.compute=fp64", f"model={name}"], lambda engine: None) for name in names}
     return {name: {key: found[name][key] for key in found[name] if names[name] not in key} for name in names}
 

@@ -119,7 +119,7 @@ def check(config: Config, world_size: int) -> Sources:
                 raise Refused(f"data.validation ({name}): {refusal}") from None
     if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
         raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
-    chooses = any(attention.selector() for attention in cost.meta(config.model).attentions())
+    chooses = any(attention.selector() for attention in cost.meta(config.model).trained_attentions())
     for stretch in table:
         if stretch.attention == "warmup" and not chooses:
             raise Refused(
@@ -196,7 +196,7 @@ def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:
     kernels = sorted({attention.core.__module__.rpartition(".")[2] for attention in engine.model.attentions()})
     log.info(
         "%s parameters, %s active; %.0f bytes of cache a token; %d rank(s) on %s; softmax core: %s; steps %d to %d",
-        f"{counted.total:,}",
+        f"{counted.total:,}" + (f" (and {counted.mtp:,} of multi-token prediction)" if counted.mtp else ""),
         f"{counted.active:,}",
         cost.kv_bytes_per_token(model),
         ranks.world_size,
