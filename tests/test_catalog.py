@@ -328,6 +328,21 @@ def test_published_sizes_in_billions(name: str, total: float, active: float) -> 
 
 
 @pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        pytest.param("deepseek_v3", 682.6, id="deepseek_v3"),
+        pytest.param("deepseek_v32", 683.5, id="deepseek_v32"),
+        pytest.param("glm5_1", 753.9, id="glm5_1"),
+        pytest.param("deepseek_v4_flash", 290.9, id="deepseek_v4_flash"),
+        pytest.param("deepseek_v4_pro", 1598.8, id="deepseek_v4_pro"),
+    ],
+)
+def test_published_sizes_with_multi_token_prediction_in_billions(name: str, total: float) -> None:
+    size = cost.parameters(cost.meta(shipped(name)))
+    assert (size.total + size.mtp) / 1e9 == pytest.approx(total, abs=0.05)
+
+
+@pytest.mark.parametrize(
     ("name", "attention", "expert", "router", "dense"),
     [
         pytest.param("deepseek_v3", 187.107, 44.040, 1.835, 396.362, id="deepseek_v3"),

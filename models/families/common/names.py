@@ -4,7 +4,8 @@ A table has one row for each kind of tensor of ours, `{layer}` standing for the 
 spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
 on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
 other; one that is `Flat`, that a stack's matrices lie one below the other in one. A `Share` is a depth's part of one
-tensor for all depths. TRAINING_ALONE is a tensor that they do not hold, which starts at zero.
+tensor for all depths. A `Copy` is the same tensor once more. TRAINING_ALONE is a tensor that they do not hold, which
+starts at zero.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ class Flat:
     name: str
 
 
-Spelling = str | tuple[str, ...] | Share | Flat
+@dataclass(frozen=True)
+class Copy:
+    """Under another name too: written there, and where it is read, equal to what the others hold."""
+
+    name: str
+
+
+Spelling = str | tuple[str, ...] | Share | Flat | Copy
 Names = Mapping[str, tuple[Spelling, ...]]
 
 TRAINING_ALONE: Spelling = ()
@@ -83,6 +91,7 @@ class Ours(Mapping[str, Tensor]):
     def _read(self, spelling: Spelling, shape: torch.Size) -> Tensor:
         if spelling == TRAINING_ALONE:
             return torch.zeros(shape)
+        assert not isinstance(spelling, Copy)
         if isinstance(spelling, str):
             return self._theirs[spelling]
         if isinstance(spelling, Share):
@@ -116,6 +125,7 @@ class Ours(Mapping[str, Tensor]):
         read = {name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])}
         ignored = [re.compile(pattern) for pattern in names.get(IGNORED, ()) if isinstance(pattern, str)]
         unread = [name for name in self._theirs if name not in read and not any(p.fullmatch(name) for p in ignored)]
+        unread = [name for name in unread if name not in self._copies(names)]
         if _HEAD not in self._shapes:
             unread = [name for name in unread if not (name in names[_HEAD] and self._is_embedding(name))]
         # Transformers writes matrices without numbers for a feed-forward of width 0
@@ -125,6 +135,20 @@ class Ours(Mapping[str, Tensor]):
             raise Refused(
                 f"{self._where} holds {unread[0]}{more}, which nothing in a model of this configuration reads."
             )
+
+    def _copies(self, names: Names) -> set[str]:
+        """Those of theirs that are one of ours once more. Raises Refused for one that differs."""
+        found = set()
+        for name in self._shapes:
+            for copy in _copies(name, names):
+                if copy in self._theirs:
+                    if not torch.equal(self._theirs[copy], self[name]):
+                        raise Refused(
+                            f"{self._where} holds {copy}, which differs from {_text(self._sources[name])}, but here "
+                            "the two are one."
+                        )
+                    found.add(copy)
+        return found
 
     def _is_embedding(self, name: str) -> bool:
         """A tied head may be stored once more."""
@@ -139,6 +163,9 @@ def to_theirs(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, T
         if spelling == TRAINING_ALONE:
             continue
         tensor = ours[name]
+        for copy in _copies(name, names):
+            yield copy, tensor
+        assert not isinstance(spelling, Copy)
         if isinstance(spelling, str):
             yield spelling, tensor
             continue
@@ -161,17 +188,41 @@ def _spellings(name: str, names: Names) -> list[Spelling]:
     found = _OURS_LAYER.search(name)
     layer = found.group() if found else ""
     row = names[_OURS_LAYER.sub("{layer}", name)]
+    return [at_layer(spelling, layer) for spelling in row if not isinstance(spelling, Copy)]
 
-    def at_layer(spelling: Spelling) -> Spelling:
-        if isinstance(spelling, str):
-            return spelling.replace("{layer}", layer)
-        if isinstance(spelling, Share):
-            return replace(spelling, layer=int(layer))
-        if isinstance(spelling, Flat):
-            return Flat(spelling.name.replace("{layer}", layer))
-        return tuple(text.replace("{layer}", layer) for text in spelling)
 
-    return [at_layer(spelling) for spelling in row]
+def _copies(name: str, names: Names) -> list[str]:
+    row = names.get(_OURS_LAYER.sub("{layer}", name), ())
+    return [spelling.name for spelling in row if isinstance(spelling, Copy)]
+
+
+def at_layer(spelling: Spelling, layer: str) -> Spelling:
+    """With `{layer}` filled in."""
+    if isinstance(spelling, Share):
+        return replace(spelling, layer=int(layer))
+    return renamed(spelling, "{layer}", layer)
+
+
+def renamed(spelling: Spelling, old: str, new: str) -> Spelling:
+    """With `new` for `old` in each name."""
+    if isinstance(spelling, str):
+        return spelling.replace(old, new)
+    if isinstance(spelling, tuple):
+        return tuple(text.replace(old, new) for text in spelling)
+    return replace(spelling, name=spelling.name.replace(old, new))
+
+
+def first_name(spelling: Spelling) -> str:
+    """Of theirs, the name that it begins with."""
+    if isinstance(spelling, str):
+        return spelling
+    return spelling[0] if isinstance(spelling, tuple) else spelling.name
+
+
+def holds_any(theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Names) -> bool:
+    """Whether any of the tensors of ours that `shapes` names is there."""
+    spelled = ((spelling, shape) for name, shape in shapes.items() for spelling in _spellings(name, names))
+    return any(part in theirs for spelling, shape in spelled for part in _expanded(spelling, shape))
 
 
 def _depths(name: str, spellings: Iterable[Spelling]) -> int:
@@ -191,13 +242,13 @@ def _present(name: str, shape: torch.Size, theirs: Mapping[str, Tensor], names: 
 def _expanded(spelling: Spelling, shape: torch.Size) -> list[str]:
     if isinstance(spelling, str):
         return [spelling]
-    if isinstance(spelling, Share | Flat):
+    if isinstance(spelling, Share | Flat | Copy):
         return [spelling.name]
     return [part.format(expert=expert) for expert in range(shape[0]) for part in spelling]
 
 
 def _text(spelling: Spelling) -> str:
-    if isinstance(spelling, Share | Flat):
+    if isinstance(spelling, Share | Flat | Copy):
         return spelling.name
     return spelling if isinstance(spelling, str) else " and ".join(spelling)
 
