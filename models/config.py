@@ -44,7 +44,8 @@ class ModelConfig:
     norm: before each sublayer and the head. post_norm: one more on each sublayer's output. block_scale: a number for
     each layer, by which the residual is multiplied at its end (both Gemma 4). embedding_scale: factor on the embedding,
     rounded to the compute dtype. logit_cap: the logits are capped by a tanh to ± this. mtp: modules that training adds,
-    to predict tokens further ahead (models/ahead.py); null for none.
+    to predict tokens further ahead (models/ahead.py); null for none. positions: rows of a table of learned positions,
+    added to the embedding (GPT-2), and so the longest row of tokens; null for none.
     """
 
     vocab: int
@@ -60,10 +61,13 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logit_cap: float | None = None
     mtp: Mapping[str, Any] | None = None
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.logit_cap is not None and self.logit_cap <= 0:
             raise ValueError(f"logit_cap ({self.logit_cap}) must be positive; leave it null for none")
+        if self.positions is not None and self.positions < 1:
+            raise ValueError(f"positions ({self.positions}) must be at least 1; leave it null for none")
         if self.vocab < 2 or self.width < 1 or not self.layers:
             raise ValueError("vocab must be at least 2, width at least 1, and layers must not be empty")
 

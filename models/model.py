@@ -19,6 +19,7 @@ from models.config import Layer, ModelConfig, resolve, resolve_mtp
 from models.contract import Attention, Ends, Entry, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
 from models.parameter import Module, Parametrization, named_specs
+from models.positions import Positions
 from models.stream import Stream
 
 
@@ -67,6 +68,7 @@ class Model(nn.Module):
         self.config = config
         residual = mechanism.config_of("residual", config.residual, "model.residual")
         self.embedding = Embedding(config.vocab, config.width)
+        self.positions = None if config.positions is None else Positions(config.positions, config.width)
         layers = resolve(config)
         self.entries = nn.ModuleList(_entries(layers))
         self.ends = residual.ends(config.width)
@@ -159,7 +161,7 @@ class Model(nn.Module):
     ) -> Tensor | Losses | Scores:
         """ids: [B, S]. Without targets: logits [B, S, V] in fp32. With targets [B, S]: Losses, or Scores if `score`.
         ahead: for multi-token prediction, which is not run without."""
-        stream = self.enter(ids)
+        stream = self.enter(ids, sequence)
         reports = []
         for layer, block in enumerate(self.blocks):
             stream, report = block(stream, sequence.at(layer))
@@ -200,14 +202,20 @@ class Model(nn.Module):
             embedded = embedded * torch.tensor(self.config.embedding_scale, dtype=embedded.dtype).item()
         return embedded
 
-    def enter(self, ids: Tensor) -> Stream:
+    def enter(self, ids: Tensor, sequence: Sequence) -> Stream:
         """ids: [B, S]. What the first block is handed."""
         embedded = self._embed(ids)
         carried: dict[str, Any] = {"ids": ids, "embedding": embedded}
         for entry in self.entries:
             carried |= entry(ids, embedded)
         live = {name: value for name, value in carried.items() if name in self.entry_live}
-        return Stream.start(self.ends.enter(embedded), live)
+        placed = embedded if self.positions is None else self.positions(embedded, sequence)
+        return Stream.start(self.ends.enter(placed), live)
+
+    def refuse_longer(self, tokens: int) -> None:
+        """Raises Refused where a row of so many tokens is longer than the model can read."""
+        if self.positions is not None:
+            self.positions.refuse_longer(tokens)
 
     def update_router_biases(self, loads: list[Tensor | None]) -> None:
         """One step of each trained block's selection bias; loads: by block, [E] over the global batch, None without

@@ -203,6 +203,12 @@ SANDWICH: Plan = {"post_norm": True, "block_scale": True, "embedding_scale": 4.0
 
 MHC: Plan = {"residual": {"scheme": "mhc", "streams": 3, "rounds": 4}}
 
+GPT2: Plan = {"rope": None, "bias": True}
+
+MLP: Plan = {"scheme": "mlp", "hidden": 20}
+
+LEARNED: Plan = {"positions": 1100, "norm": "layer", "tied": True}
+
 YARN: Plan = {"base": 100.0, "pairing": "interleaved", "yarn": {"factor": 4.0, "original_length": 6}}
 
 TABLE: dict[str, Row] = {
@@ -281,6 +287,7 @@ TABLE: dict[str, Row] = {
     "csa shared": Row((layer(csa()), layer(csa(top_k=2, heads=2, query_latent=9), reads=-1))),
     "v4": Row((layer(swa(), HASHED), layer(csa(), SQRT_SOFTPLUS), layer(hca(rate=8), SQRT_SOFTPLUS)), MHC),
     "mhc gqa": Row((layer(gqa(), SOFTMAX), layer(gqa(window=5))), MHC),
+    "gpt2": Row((layer(gqa(kv_heads=4, **GPT2), MLP), layer(gqa(kv_heads=4, scale=0.2, **GPT2), MLP)), LEARNED),
     "mhc mixed": Row((layer(hca(), SIGMOID), layer(mla()), layer(hca(heads=2), reads=0)), MHC),
 }
 

@@ -180,6 +180,20 @@ RELEASED: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "tie_word_embeddings": False,
     },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "layer_norm_epsilon": 1e-05,
+        "initializer_range": 0.02,
+        "summary_type": "cls_index",
+    },
     # its first release; a later one stretches by 64
     "laguna_xs2": {
         "model_type": "laguna",

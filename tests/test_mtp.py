@@ -101,7 +101,7 @@ def by_hand(model: Model, ids: Tensor, depth: int) -> list[Tensor]:
     """The losses of one document [S], vector by vector; blocks and ends, which have tests of their own, as they are."""
     length = len(ids)
     sequence = Whole.rows(1, length)
-    stream = model.enter(ids[None])
+    stream = model.enter(ids[None], sequence)
     for index, block in enumerate(model.blocks):
         stream, _ = block(stream, sequence.at(index))
     residual, hidden = stream.residual, model.norm(model.ends.leave(stream.residual))

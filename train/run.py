@@ -119,8 +119,11 @@ def check(config: Config, world_size: int) -> Sources:
                 raise Refused(f"data.validation ({name}): {refusal}") from None
     if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
         raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
-    chooses = any(attention.selector() for attention in cost.meta(config.model).trained_attentions())
+    model = cost.meta(config.model)
+    chooses = any(attention.selector() for attention in model.trained_attentions())
     for stretch in table:
+        for length in (stretch.sequence_length, *(probe.length or 0 for probe in probes.values())):
+            model.refuse_longer(length)
         if stretch.attention == "warmup" and not chooses:
             raise Refused(
                 f"attention is warmup from step {stretch.start} on, which trains what chooses alone, but no layer of "

@@ -4,8 +4,8 @@ A table has one row for each kind of tensor of ours, `{layer}` standing for the 
 spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
 on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
 other; one that is `Flat`, that a stack's matrices lie one below the other in one. A `Share` is a depth's part of one
-tensor for all depths. A `Copy` is the same tensor once more. TRAINING_ALONE is a tensor that they do not hold, which
-starts at zero.
+tensor for all depths, or one of several that lie fused in one. A `Copy` is the same tensor once more. TRAINING_ALONE is
+a tensor that they do not hold, which starts at zero.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from conf.schema import Refused
 
 @dataclass(frozen=True)
 class Share:
-    """Of a tensor that holds the parts of all depths, one after another along `dim`, the part of depth `layer`."""
+    """Of a tensor that holds parts of one size, one after another along `dim`, the part of that number, or where it is
+    None, of the depth. transposed: theirs is, and `dim` is of ours."""
 
     name: str
     dim: int
-    layer: int = 0
+    part: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Ours(Mapping[str, Tensor]):
             return self._theirs[spelling]
         if isinstance(spelling, Share):
             size = shape[spelling.dim]
-            return self._whole(spelling, size).narrow(spelling.dim, spelling.layer * size, size)
+            assert spelling.part is not None
+            return self._whole(spelling, size).narrow(spelling.dim, spelling.part * size, size)
         if isinstance(spelling, Flat):
             flat = self._theirs[spelling.name]
             return flat.view(shape) if flat.shape == (shape[0] * shape[1], *shape[2:]) else flat
@@ -109,17 +112,18 @@ class Ours(Mapping[str, Tensor]):
             ) from None
 
     def _whole(self, share: Share, size: int) -> Tensor:
-        """The tensor of all depths, read once. Raises Refused where it has not one part for each."""
+        """The tensor of all parts, read once. Raises Refused where it is not made of them."""
         if share.name not in self._shared:
             self._shared[share.name] = self._theirs[share.name]
         whole = self._shared[share.name]
-        depths = _depths(share.name, self._sources.values())
-        if whole.shape[share.dim] != depths * size:
+        turned = whole.T if share.transposed else whole
+        parts = _parts(share.name, self._sources.values())
+        if turned.shape[share.dim : share.dim + 1] != (parts * size,):
             raise Refused(
-                f"{self._where} holds {share.name} of shape {list(whole.shape)}, but its configuration means {depths} "
+                f"{self._where} holds {share.name} of shape {list(whole.shape)}, but its configuration means {parts} "
                 f"parts of {size}; the two do not belong together."
             )
-        return whole
+        return turned
 
     def _refuse_unread(self, names: Names) -> None:
         read = {name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])}
@@ -171,9 +175,11 @@ def to_theirs(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, T
             continue
         if isinstance(spelling, Share):
             held = parts.setdefault(spelling.name, {})
-            held[spelling.layer] = tensor
-            if len(held) == _depths(spelling.name, written.values()):
-                yield spelling.name, torch.cat([held[layer] for layer in sorted(held)], spelling.dim)
+            assert spelling.part is not None
+            held[spelling.part] = tensor
+            if len(held) == _parts(spelling.name, written.values()):
+                whole = torch.cat([held[part] for part in sorted(held)], spelling.dim)
+                yield spelling.name, whole.T if spelling.transposed else whole
                 del parts[spelling.name]
             continue
         if isinstance(spelling, Flat):
@@ -199,7 +205,8 @@ def _copies(name: str, names: Names) -> list[str]:
 def at_layer(spelling: Spelling, layer: str) -> Spelling:
     """With `{layer}` filled in."""
     if isinstance(spelling, Share):
-        return replace(spelling, layer=int(layer))
+        part = int(layer) if spelling.part is None else spelling.part
+        spelling = replace(spelling, part=part)
     return renamed(spelling, "{layer}", layer)
 
 
@@ -225,8 +232,8 @@ def holds_any(theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], na
     return any(part in theirs for spelling, shape in spelled for part in _expanded(spelling, shape))
 
 
-def _depths(name: str, spellings: Iterable[Spelling]) -> int:
-    """How many depths share the tensor of that name."""
+def _parts(name: str, spellings: Iterable[Spelling]) -> int:
+    """How many share the tensor of that name."""
     return sum(isinstance(spelling, Share) and spelling.name == name for spelling in spellings)
 
 
