@@ -62,6 +62,7 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     `norms` stand between the parts, a layer's scale among them."""
     owners: dict[str, list[nn.Module | None]] = {
         "embedding": [model.embedding],
+        "positions": [model.positions],
         "injection": [*model.entries],
         "residual": [*model.residuals(), model.ends],
         "head": [model.head],
@@ -119,8 +120,8 @@ def kv_bytes(
 
 
 def longest_context(model: Model, memory: float, store: Storage = AS_DECLARED) -> int:
-    """Tokens of one sequence whose cache fits the memory, LIMIT at most."""
-    longest, beyond = 0, LIMIT + 1
+    """Tokens of one sequence whose cache fits the memory, LIMIT at most, and no more than there are positions for."""
+    longest, beyond = 0, min(LIMIT, model.config.positions or LIMIT) + 1
     while memory > 0 and beyond - longest > 1:
         middle = (longest + beyond) // 2
         fits = kv_bytes(model, middle, store)["total"] <= memory

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from conf.compose import choices, compose
 from data.loader import Loader
 from data.source import Window
+from models.ahead import Ahead
 from models.moe.router import Router
 from models.parameter import named_specs
+from models.sequence import Whole
 from tests.runs import TINY
 from tests.toy import everything, whole
 from train.config import read
@@ -136,6 +138,41 @@ def test_the_reference_shows_what_it_should(expected: list[Results]) -> None:
         assert results["step 0 extra"] > 0
         assert all(value.dtype == torch.float64 for name, value in results.items() if "gradient of" in name)
     assert len({name for name in expected[0] if name.startswith("step 0 gradient")}) > 15
+    for results in expected:
+        assert all(results[f"step 0 gradient of mtp.{n}.join.projection.weight"].norm() > 1e-5 for n in range(DEPTH))
+
+
+def _weighed(overrides: list[str]) -> tuple[list[Results], Results]:
+    """Gradients with each of three weights, and those of multi-token prediction's loss by itself."""
+    found: list[Results] = []
+    for weight in (0.0, 1.0, 0.25):
+        engine = Engine(read(compose([*BASE, "train.compute=fp64", "train.clip=null", *overrides])), this_rank())
+        engine.mtp_weight = weight
+        results: Results = {}
+
+        def note(*_: object, engine: Engine = engine, results: Results = results) -> None:
+            results |= {name: parameter.grad.clone() for name, parameter in engine.model.named_parameters()}  # type: ignore
+
+        engine.optimizer.register_step_pre_hook(note)
+        step = engine.step(loader().batch(0, ROWS), 0.0, Clock(torch.device("cpu")))
+        found.append(results)
+    batch, model = loader().batch(0, ROWS), engine.model
+    model.zero_grad()
+    sequence = Whole(batch.position, batch.document)
+    losses = model(batch.ids, sequence, batch.targets[0], ahead=Ahead(batch.ahead, batch.targets[1:])).ahead
+    means = torch.stack([loss / int((batch.targets[1 + d] >= 0).sum()) for d, loss in enumerate(losses)])
+    assert step.mtp_loss is not None
+    torch.testing.assert_close(step.mtp_loss, means.detach())
+    means.mean().backward()
+    return found, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def test_multi_token_prediction_is_weighed(ranks: RunRanks) -> None:
+    (without, whole_weight, quarter), alone = ranks(1, _weighed, ["optimizer.weight_decay=0", "moe.bias_rate=0"])[0]
+    for name, gradient in alone.items():
+        scale = whole_weight[name].norm()
+        assert (whole_weight[name] - without[name] - gradient).norm() <= 1e-12 + 1e-9 * scale, name
+        assert (quarter[name] - without[name] - 0.25 * gradient).norm() <= 1e-12 + 1e-9 * scale, name
 
 
 @pytest.mark.parametrize(

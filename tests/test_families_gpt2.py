@@ -129,6 +129,9 @@ def test_what_it_cannot_hold_is_not_exported(change: dict[str, Any], reason: str
 
 
 def test_published_size() -> None:
-    size = cost.parameters(cost.meta(build(ModelConfig, catalog.section("gpt2", {}), "gpt2")))
+    model = cost.meta(build(ModelConfig, catalog.section("gpt2", {}), "gpt2"))
+    size = cost.parameters(model)
     assert size.total == 124_439_808
     assert size.looked_up == 1024 * 768
+    assert cost.parameters_by_part(model)["positions"] == 1024 * 768
+    assert cost.longest_context(model, 80e9) == 1024

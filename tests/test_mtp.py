@@ -154,6 +154,23 @@ def test_equals_the_formulas(row: str, depth: int) -> None:
 
 
 @every_row
+def test_causal(row: str, depth: int) -> None:
+    """No prediction of a token before the last one hears of the last one."""
+    model, sequence = made(row, depth), Whole.rows(1, 9)
+    ids = tokens(1, 9)
+    changed = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % VOCAB), 1)
+    losses = []
+    for given in (ids, changed):
+        targets, ahead = following(given, sequence, depth)
+        for d in range(depth):
+            ahead.targets[d, :, 9 - 2 - d - 1] = IGNORE  # whose target the last token is
+        found = model(given, sequence, targets, ahead=ahead)
+        losses.append(found.ahead)
+    assert all(loss > 0 for loss in losses[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0.0)
+
+
+@every_row
 def test_the_model_is_what_it_is_without(row: str, depth: int) -> None:
     """Its logits, its weights at the start, its loss, and what a cache and a step of decode cost."""
     config = row_with(ROWS[row][0], ROWS[row][1](depth)).config()

@@ -67,6 +67,10 @@ def _check_mtp_weight(weight: float | None) -> None:
         raise ValueError(f"mtp_weight ({weight}) must be a number from 0 on")
 
 
+MTP_WEIGHT = 0.3
+"""What DeepSeek-V3 begins with (arXiv 2412.19437, section 4.2); later, and in V4's decay, it is 0.1."""
+
+
 @dataclass(frozen=True)
 class Ramp:
     """The batch starts with `batch_tokens` and grows by `increment` tokens at a time, at even distances over the first
@@ -109,8 +113,7 @@ class TrainSection:
     of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint or run whose
     weights (alone) this run starts from. core: the softmax core. attention: how a scheme that chooses what it reads is
     trained: without choosing (dense), what chooses alone, by a loss of its own (warmup), or all of it (sparse).
-    mtp_weight: factor on the loss of multi-token prediction, the mean over its depths; null for 0.3, as DeepSeek-V3
-    begins with (arXiv 2412.19437, section 4.2).
+    mtp_weight: factor on the loss of multi-token prediction, the mean over its depths; null for MTP_WEIGHT.
     """
 
     steps: int
@@ -156,6 +159,11 @@ class TrainSection:
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must start at increasing steps, not at {starts}")
+
+    @property
+    def first_mtp_weight(self) -> float:
+        """Before any phase changes it."""
+        return MTP_WEIGHT if self.mtp_weight is None else self.mtp_weight
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from conf.schema import Refused
 from data.course import Leg
 from models.mode import Mode
-from train.config import TrainSection
-
-MTP_WEIGHT = 0.3
-"""Where none is given."""
+from train.config import MTP_WEIGHT, TrainSection
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
     length, planned, samples, tokens, table = train.sequence_length, train.batch_tokens, 0, 0, []
     weights: dict[str, float] | None = None
     attention = train.attention
-    mtp_weight = MTP_WEIGHT if train.mtp_weight is None else train.mtp_weight
+    mtp_weight = train.first_mtp_weight
     for phase, step, stop in zip([None, *train.phases], [0, *starts], [*starts, train.steps], strict=True):
         if phase is not None:
             length = phase.sequence_length or length

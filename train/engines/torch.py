@@ -89,7 +89,7 @@ class Engine:
         mine = set(self.selector)
         self.trunk = [parameter for parameter in self.model.parameters() if parameter not in mine]
         self.mode: Mode = "sparse"
-        self.mtp_weight = 0.0
+        self.mtp_weight = train.first_mtp_weight
         settings = optimizer.read(config.optimizer)
         self.optimizer = settings.build(self.model, self.model.parametrization())
         self.before_update: Callable[[], None] = lambda: None
