@@ -91,8 +91,8 @@ def _train(overrides: list[str], prepare: Callable[[Engine], None] = starve) -> 
     engine.optimizer.register_step_pre_hook(note_gradients)
     for step in range(STEPS):
         result = engine.step(data.batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu")))
-        for name in ("loss", "extra", "grad_norm", "mtp_loss"):
-            results[f"step {step} {name}"] = getattr(result, name)
+        told = {name: getattr(result, name) for name in ("loss", "extra", "grad_norm", "mtp_loss")}
+        results |= {f"step {step} {name}": value for name, value in told.items() if value is not None}
         results |= {f"step {step} load of layer {layer}": load for layer, load in result.loads.items()}
     results |= everything(engine.model, engine.optimizer)
     results |= {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
@@ -143,9 +143,9 @@ def test_the_reference_shows_what_it_should(expected: list[Results]) -> None:
 
 
 def _weighed(overrides: list[str]) -> tuple[list[Results], Results]:
-    """Gradients with each of three weights, and those of multi-token prediction's loss by itself."""
+    """Gradients with two weights, and those of multi-token prediction's loss by itself."""
     found: list[Results] = []
-    for weight in (0.0, 1.0, 0.25):
+    for weight in (0.0, 0.25):
         engine = Engine(read(compose([*BASE, "train.compute=fp64", "train.clip=null", *overrides])), this_rank())
         engine.mtp_weight = weight
         results: Results = {}
@@ -168,11 +168,10 @@ def _weighed(overrides: list[str]) -> tuple[list[Results], Results]:
 
 
 def test_multi_token_prediction_is_weighed(ranks: RunRanks) -> None:
-    (without, whole_weight, quarter), alone = ranks(1, _weighed, ["optimizer.weight_decay=0", "moe.bias_rate=0"])[0]
+    (without, quarter), alone = ranks(1, _weighed, ["optimizer.weight_decay=0", "moe.bias_rate=0"])[0]
     for name, gradient in alone.items():
-        scale = whole_weight[name].norm()
-        assert (whole_weight[name] - without[name] - gradient).norm() <= 1e-12 + 1e-9 * scale, name
-        assert (quarter[name] - without[name] - 0.25 * gradient).norm() <= 1e-12 + 1e-9 * scale, name
+        difference = quarter[name] - without[name] - 0.25 * gradient
+        assert difference.norm() <= 1e-12 + 1e-9 * quarter[name].norm(), name
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ def test_compiled_and_sharded_equals_one_process(ranks: RunRanks, expected: list
 
 def _train_schemes(schemes: list[str]) -> dict[str, Results]:
     """With the sizes that each is shipped with, over windows that hold more than one compressed block."""
-    base = [value for value in BASE if not value.startswith(("attention.", "model.width"))]
+    base = [value for value in BASE if not value.startswith(("attention.", "model.width", "+model."))]
     long = ["train.sequence_length=40", f"train.batch_tokens={ROWS * 40}", "train.compute=fp64"]
     return {scheme: _train([*base, *long, f"attention={scheme}"]) for scheme in schemes}
 
@@ -253,10 +252,15 @@ def test_every_scheme_under_fsdp_equals_one_process(ranks: RunRanks) -> None:
             assert_equal(found[scheme], expected[scheme])
 
 
-SHIPPED = {"gemma4_e2b_tiny": "blocks.3.scale", "gemma4_26b_a4b_tiny": "blocks.5.scale"}
+SHIPPED = {
+    "gemma4_e2b_tiny": "blocks.3.scale",
+    "gemma4_26b_a4b_tiny": "blocks.5.scale",
+    "deepseek_v4_flash_tiny": "nothing",
+    "gpt2_tiny": "key.bias",
+}
 """Models with what no attention scheme has: things made at the entry and read at every depth, shared states, norms
-after a sublayer, experts beside a dense feed-forward. And what is not compared: a number before a norm, whose gradient
-is what rounding leaves of nothing."""
+after a sublayer, experts beside a dense feed-forward, streams that are predicted from, learned positions. And what is
+not compared: a number before a norm, or within a softmax, whose gradient is what rounding leaves of nothing."""
 
 
 def _train_shipped(names: dict[str, str]) -> dict[str, Results]:

@@ -127,7 +127,7 @@ class Engine:
         micro_batches = list(_micro_batches(batch, self.config.train.micro_batch))
         for i, micro in enumerate(micro_batches):
             defer_replicas(self.model, i < len(micro_batches) - 1)
-            ahead = Ahead(micro.ahead, micro.targets[1:]) if depth else None
+            ahead = Ahead(micro.ahead[:depth], micro.targets[1 : 1 + depth]) if depth else None
             losses = self.model(micro.ids, self._sequence(micro, known, readers), micro.targets[0], ahead=ahead)
             assert isinstance(losses, Losses)
             objective = losses.cross_entropy / scored + losses.extra
