@@ -129,7 +129,8 @@ class Ours(Mapping[str, Tensor]):
         read = {name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])}
         ignored = [re.compile(pattern) for pattern in names.get(IGNORED, ()) if isinstance(pattern, str)]
         unread = [name for name in self._theirs if name not in read and not any(p.fullmatch(name) for p in ignored)]
-        unread = [name for name in unread if name not in self._copies(names)]
+        copies = self._copies(names)
+        unread = [name for name in unread if name not in copies]
         if _HEAD not in self._shapes:
             unread = [name for name in unread if not (name in names[_HEAD] and self._is_embedding(name))]
         # Transformers writes matrices without numbers for a feed-forward of width 0
