@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from models.block import Block
 from models.config import LayerPlan
 from models.contract import Ends, Report, Sequence
-from models.linear import Linear
 from models.parameter import Module
 from models.stream import Stream
 
@@ -49,9 +48,9 @@ class Join(Module):
         """embedded: [B, S, D], of the token ahead, 0 where there is none. Returns the module's residual stream, which
         `ends` begins."""
 
-    def flops(self) -> float:
-        """Per token."""
-        return sum(linear.flops() for linear in self.children() if isinstance(linear, Linear))
+    @abstractmethod
+    def flops(self, streams: int) -> float:
+        """Per token, of a residual stream of so many."""
 
 
 @dataclass(frozen=True, kw_only=True)

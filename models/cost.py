@@ -161,7 +161,8 @@ def mtp_flops(model: Model, queries: int, context: int, pairs: PairCount = visib
     for depth in range(model.mtp_depth):
         module = model.mtp[depth % len(model.mtp)]
         assert isinstance(module, Prediction)
-        per_token = 2.0 * model.config.width * model.config.vocab + module.join.flops() + module.ends.flops()
+        per_token = 2.0 * model.config.width * model.config.vocab
+        per_token += module.join.flops(module.ends.streams) + module.ends.flops()
         for sublayer in module.block.sublayers():
             per_token += sublayer.residual.flops()
             if isinstance(sublayer, AttentionSublayer):

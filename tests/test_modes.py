@@ -106,7 +106,7 @@ def test_resumed_at_a_border(finished: tuple[Path, int], step: int) -> None:
 def _steps(modes: list[Mode]) -> dict[str, Tensor]:
     overrides = [*SMALL, "train.sequence_length=12", f"train.batch_tokens={12 * ROWS}", "train.micro_batch=2"]
     config = read(compose([*overrides, "train.compute=fp64", "train.clip=0.01", "moe.balance_loss=0.1"]))
-    engine, data = Engine(config, this_rank()), loader()
+    engine, data = Engine(config, this_rank()), loader(depth=2)
     results: dict[str, Tensor] = {}
     for step, mode in enumerate(modes):
         engine.set_mode(mode)
@@ -137,7 +137,7 @@ def _norms(mode: Mode) -> tuple[float, dict[str, float]]:
             groups[name] = torch.cat(taken).norm().item() if taken else 0.0
 
     engine.optimizer.register_step_pre_hook(note)
-    step = engine.step(loader(8).batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
+    step = engine.step(loader(8, depth=2).batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
     return step.grad_norm.item(), groups
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import Refused
 from models import cost
 from models.ahead import Ahead
-from models.contract import NOTHING
+from models.contract import NOTHING, all_pairs
 from models.loss import IGNORE
 from models.model import Losses, Model
 from models.sequence import Whole
@@ -236,6 +237,18 @@ def test_auxiliary_losses_see_nothing_of_the_next_document() -> None:
     together = losses_of(model, ids, packed([[5, 6]]), 2).extra
     parts = [losses_of(model, part, Whole.rows(1, part.shape[1]), 2).extra for part in ids.split((5, 6), 1)]
     torch.testing.assert_close(11 * together, 5 * parts[0] + 6 * parts[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a module each", "shared"])
+def test_declared_flops_are_measured(shared: bool) -> None:
+    """Beside the model's own, against PyTorch's counter."""
+    further = mtp("streams", mla(), 2, shared, SIGMOID)
+    model, ids = row_with(Row((layer(gqa(), SIGMOID),), MHC), further).model_in(torch.float64), tokens(1, 24)
+    model.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        losses_of(model, ids, Whole.rows(1, 24), 2)
+    declared = cost.flops(model, 24, 24, all_pairs) + cost.mtp_flops(model, 24, 24, all_pairs)
+    assert counter.get_total_flops() == declared.total
 
 
 @pytest.mark.parametrize(

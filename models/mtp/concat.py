@@ -37,3 +37,6 @@ class Join(ahead.Join):
     def forward(self, made: ahead.Made, embedded: Tensor, ends: Ends) -> Tensor:
         both = torch.cat((self.embedding_norm(embedded), self.hidden_norm(made.hidden)), -1)
         return ends.enter(self.projection(both))
+
+    def flops(self, streams: int) -> float:
+        return self.projection.flops()

@@ -36,3 +36,6 @@ class Join(ahead.Join):
     def forward(self, made: ahead.Made, embedded: Tensor, ends: Ends) -> Tensor:
         entered = ends.enter(self.embedding(self.embedding_norm(embedded)))
         return entered + self.hidden(self.hidden_norm(made.residual.to(embedded.dtype)))
+
+    def flops(self, streams: int) -> float:
+        return self.embedding.flops() + streams * self.hidden.flops()
