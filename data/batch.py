@@ -17,6 +17,8 @@ class Batch:
     ids:             [B, S] int64, inputs.
     targets:         [1 + depth, B, S] int64: the token 1 + d after each input, or IGNORE where that token lies in
                      another document or is not to be scored.
+    ahead:           [depth, B, S] int64: the token 1 + d after each input, scored or not, or IGNORE where that token
+                     lies in another document: what multi-token prediction is handed.
     position:        [B, S] int32, from 0 within each document piece; a window's first token is at 0.
     document:        [B, S] int32, index of the document piece within its row: 0, 1, 2, …
     scored:          number of targets at distance 1 that are not IGNORE.
@@ -27,6 +29,7 @@ class Batch:
 
     ids: Tensor
     targets: Tensor
+    ahead: Tensor
     position: Tensor
     document: Tensor
     scored: int
@@ -49,6 +52,7 @@ class Batch:
         return Batch(
             ids=move(self.ids),
             targets=move(self.targets),
+            ahead=move(self.ahead),
             position=move(self.position),
             document=move(self.document),
             scored=self.scored,

@@ -25,7 +25,7 @@ class Loader:
     `num_samples` of them gives rank r the r-th contiguous share. A batch is a function of the samples consumed before
     it and of nothing else.
 
-    depth: how many further targets each input has (multi-token prediction).
+    depth: how many further targets each input has, and tokens ahead that it is given (multi-token prediction).
     prefetch: how many batches a stream makes ahead.
     first: the first sample of this length that there is.
     Raises Refused where the source has no window of this length.
@@ -122,10 +122,13 @@ class Loader:
         document, position = _pieces(windows, tokens.shape)
         ids = tokens[:, :S]
         targets = np.full((1 + self.depth, *ids.shape), IGNORE, dtype=np.int64)
+        following = np.full((self.depth, *ids.shape), IGNORE, dtype=np.int64)
         may_count = _may_count(windows, tokens.shape)
         for d in range(1 + self.depth):
             ahead = slice(1 + d, S + 1 + d)
             counts = document[:, ahead] == document[:, :S]
+            if d < self.depth:
+                np.copyto(following[d], tokens[:, ahead], where=counts)
             if may_count is not None:
                 counts &= may_count[:, ahead]
             if inputs is not None:
@@ -134,6 +137,7 @@ class Loader:
         return Batch(
             ids=torch.from_numpy(np.ascontiguousarray(ids)),
             targets=torch.from_numpy(targets),
+            ahead=torch.from_numpy(following),
             position=torch.from_numpy(np.ascontiguousarray(position[:, :S])),
             document=torch.from_numpy(np.ascontiguousarray(document[:, :S])),
             scored=int(np.count_nonzero(targets[0] != IGNORE)),

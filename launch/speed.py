@@ -43,7 +43,7 @@ def measure(config: run_config.Config, ranks: Ranks, num_steps: int, documents: 
     seconds: list[float] = []
     parts: dict[str, list[float]] = {}
     for step in range(num_steps):
-        batch = random_batch(rows // ranks.world_size, length, config.model.vocab, documents)
+        batch = random_batch(rows // ranks.world_size, length, config.model.vocab, documents, engine.model.mtp_depth)
         _synchronize(ranks.device)
         clock, began = Clock(ranks.device), time.perf_counter()
         loss = float(engine.step(batch, 3e-4, clock).loss)
@@ -67,15 +67,18 @@ def measure(config: run_config.Config, ranks: Ranks, num_steps: int, documents: 
     )
 
 
-def random_batch(rows: int, length: int, vocab: int, documents: int) -> Batch:
-    """Uniform random tokens in `documents` documents a row, cut at random places."""
-    ids = torch.randint(0, vocab, (rows, length + 1))
+def random_batch(rows: int, length: int, vocab: int, documents: int, depth: int = 0) -> Batch:
+    """Uniform random tokens in `documents` documents a row, cut at random places. depth: of multi-token prediction,
+    which is handed tokens across a border, as if there were none."""
+    ids = torch.randint(0, vocab, (rows, length + 1 + depth))
+    following = torch.stack([ids[:, 1 + d : length + 1 + d] for d in range(1 + depth)])
     cuts = torch.stack([torch.randperm(length - 1)[: documents - 1] + 1 for _ in range(rows)])
     starts = torch.zeros(rows, length, dtype=torch.int64).scatter(1, cuts, 1)
     document = starts.cumsum(1)
     tokens = torch.arange(length).expand(rows, length)
     position = tokens - torch.where(starts.bool(), tokens, 0).cummax(1).values
-    return Batch(ids[:, :-1], ids[None, :, 1:], position, document, rows * length, documents == 1, "random")
+    single = documents == 1
+    return Batch(ids[:, :length], following, following[:depth], position, document, rows * length, single, "random")
 
 
 def _synchronize(device: torch.device) -> None:

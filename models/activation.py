@@ -18,6 +18,11 @@ Gating = Callable[[Tensor, Tensor], Tensor]
 """(gate, up) to their product, the gate through a function."""
 
 
+def function(kind: Kind) -> Callable[[Tensor], Tensor]:
+    """f of that name, by itself."""
+    return F.silu if kind == "silu" else functools.partial(F.gelu, approximate="tanh")
+
+
 def gating(kind: Kind, clamp: float | None = None) -> Gating:
     """With the function of that name."""
     gated = swiglu if kind == "silu" else geglu

@@ -99,7 +99,7 @@ class Cache:
 
     def __init__(self, model: Model, num_rows: int, tokens: int, device: torch.device | str = "cpu") -> None:
         """Room for `tokens` tokens a row, in the model's compute dtype; parts declared fp32 in at least that."""
-        self.tokens = tokens
+        self.tokens, self.refuse_longer = tokens, model.refuse_longer
         self.length = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.stores = {
             (sublayer.layer, slot.name): Store.empty(slot, num_rows, tokens, model.compute_dtype, torch.device(device))
@@ -111,9 +111,11 @@ class Cache:
     def extend(self, num_new: Tensor, width: int) -> Cached:
         """The sequence of the next tokens: num_new[b] ≤ width of them in row b, left-aligned in [B, width].
 
-        Raises ValueError when a row would outgrow the cache.
+        Raises ValueError when a row would outgrow the cache, Refused when it would outgrow the model.
         """
-        if int((self.length + num_new).max()) > self.tokens:
+        longest = int((self.length + num_new).max())
+        self.refuse_longer(longest)
+        if longest > self.tokens:
             raise ValueError(f"the cache holds {self.tokens} tokens a row, and more were given; allocate a larger one")
         offset = torch.arange(width, device=self.length.device).expand(len(self.length), width)
         document = torch.where(offset < num_new[:, None], 0, NOTHING)

@@ -45,7 +45,9 @@ class ModelConfig:
 
     norm: before each sublayer and the head. post_norm: one more on each sublayer's output. block_scale: a number for
     each layer, by which the residual is multiplied at its end (both Gemma 4). embedding_scale: factor on the embedding,
-    rounded to the compute dtype. logit_cap: the logits are capped by a tanh to ± this.
+    rounded to the compute dtype. logit_cap: the logits are capped by a tanh to ± this. mtp: modules that training adds,
+    to predict tokens further ahead (models/ahead.py); null for none. positions: rows of a table of learned positions,
+    added to the embedding (GPT-2), and so the longest row of tokens; null for none.
     """
 
     vocab: int
@@ -60,10 +62,14 @@ class ModelConfig:
     block_scale: bool = False
     embedding_scale: float = 1.0
     logit_cap: float | None = None
+    mtp: Mapping[str, Any] | None = None
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.logit_cap is not None and self.logit_cap <= 0:
             raise ValueError(f"logit_cap ({self.logit_cap}) must be positive; leave it null for none")
+        if self.positions is not None and self.positions < 1:
+            raise ValueError(f"positions ({self.positions}) must be at least 1; leave it null for none")
         if self.vocab < 2 or self.width < 1 or not self.layers:
             raise ValueError("vocab must be at least 2, width at least 1, and layers must not be empty")
 
@@ -90,6 +96,15 @@ def resolve(config: ModelConfig) -> list[Layer]:
             for p, plan in enumerate(stack.of):
                 layers.append(_resolve_layer(plan, layers, f"model.layers[{s}].of[{p}]"))
     return layers
+
+
+def resolve_mtp(config: ModelConfig) -> tuple[Any, Layer] | None:
+    """Multi-token prediction: its scheme's own config, and the layer of its blocks; None where there is none. Raises
+    schema.Refused where it cannot be."""
+    if config.mtp is None:
+        return None
+    found = mechanism.config_of("mtp", config.mtp, "model.mtp")
+    return found, _resolve_layer(found.layer, [], "model.mtp.layer")
 
 
 def _resolve_layer(plan: LayerPlan, before: list[Layer], where: str) -> Layer:

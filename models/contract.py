@@ -392,9 +392,10 @@ class Residual(Module):
 
 
 class Ends(Module):
-    """The two ends of the residual stream."""
+    """The two ends of the residual stream. streams: of the width, that it consists of."""
 
     compute_dtype: torch.dtype
+    streams: int = 1
 
     @abstractmethod
     def enter(self, embedded: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from statistics import linear_regression
 import torch
 from torch import nn
 
+from models.ahead import Prediction
+from models.block import AttentionSublayer, FeedForwardSublayer
 from models.cache import Cache
 from models.config import ModelConfig
 from models.contract import BYTES, Attention, FeedForward, Flops, PairCount, Slot, visible_pairs
@@ -29,12 +31,13 @@ LIMIT = 2**40
 
 @dataclass(frozen=True)
 class Parameters:
-    """total: all. active: that one token is multiplied by, the head included. looked_up: rows of tables, of which a
-    token takes one each; a tied embedding is the head."""
+    """total: all but mtp, which is what multi-token prediction adds for training. active: that one token is multiplied
+    by, the head included. looked_up: rows of tables, of which a token takes one each; a tied embedding is the head."""
 
     total: int
     active: int
     looked_up: int
+    mtp: int = 0
 
 
 def meta(config: ModelConfig) -> Model:
@@ -45,12 +48,13 @@ def meta(config: ModelConfig) -> Model:
 
 def parameters(model: Model) -> Parameters:
     """Counted on the model as it is built; routed experts count as active by top_k of E."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    mtp = sum(parameter.numel() for parameter in model.mtp.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) - mtp
     idle = sum(feedforward.idle() for feedforward in model.feedforwards())
     looked_up = sum(p.numel() for _, p, spec in named_specs(model) if spec.role == "embedding")
     if model.config.tied:
         looked_up -= model.embedding.weight.numel()
-    return Parameters(total, total - idle - looked_up, looked_up)
+    return Parameters(total, total - idle - looked_up, looked_up, mtp)
 
 
 def parameters_by_part(model: Model) -> dict[str, int]:
@@ -58,6 +62,7 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     `norms` stand between the parts, a layer's scale among them."""
     owners: dict[str, list[nn.Module | None]] = {
         "embedding": [model.embedding],
+        "positions": [model.positions],
         "injection": [*model.entries],
         "residual": [*model.residuals(), model.ends],
         "head": [model.head],
@@ -75,7 +80,10 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     }
     by_role = {"router": "routers", "expert": "experts", "expert_output": "experts"}
     total = dict.fromkeys(("embedding", "attention", "routers", "experts", "feedforward", *owners, "norms"), 0)
+    further = {id(parameter) for parameter in model.mtp.parameters()}
     for _, parameter, spec in named_specs(model):
+        if id(parameter) in further:
+            continue
         total[by_role.get(spec.role, owner.get(id(parameter), "norms"))] += parameter.numel()
     return {part: number for part, number in total.items() if number}
 
@@ -114,8 +122,8 @@ def kv_bytes(
 
 
 def longest_context(model: Model, memory: float, store: Storage = AS_DECLARED) -> int:
-    """Tokens of one sequence whose cache fits the memory, LIMIT at most."""
-    longest, beyond = 0, LIMIT + 1
+    """Tokens of one sequence whose cache fits the memory, LIMIT at most, and no more than there are positions for."""
+    longest, beyond = 0, min(LIMIT, model.config.positions or LIMIT) + 1
     while memory > 0 and beyond - longest > 1:
         middle = (longest + beyond) // 2
         fits = kv_bytes(model, middle, store)["total"] <= memory
@@ -149,8 +157,27 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return linear_regression([math.log(n) for n in sizes], [math.log(value) for value in values]).slope
 
 
+def mtp_flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
+    """As `flops`, of multi-token prediction alone; each depth goes through the head once more."""
+    total = Flops()
+    for depth in range(model.mtp_depth):
+        module = model.mtp[depth % len(model.mtp)]
+        assert isinstance(module, Prediction)
+        per_token = 2.0 * model.config.width * model.config.vocab
+        per_token += module.join.flops(module.ends.streams) + module.ends.flops()
+        for sublayer in module.block.sublayers():
+            per_token += sublayer.residual.flops()
+            if isinstance(sublayer, AttentionSublayer):
+                total += sublayer.attention.flops(queries, context, pairs)
+            elif isinstance(sublayer, FeedForwardSublayer):
+                per_token += sublayer.feedforward.flops()
+        total += Flops(projections=queries * per_token)
+    return total
+
+
 def flops(model: Model, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-    """Forward operations of the last `queries` tokens of one document of `context` tokens, the head included."""
+    """Forward operations of the last `queries` tokens of one document of `context` tokens, the head included; without
+    multi-token prediction."""
     total = Flops(projections=queries * 2.0 * model.config.width * model.config.vocab)
     for attention in [*model.attentions(), *model.writers()]:
         total += attention.flops(queries, context, pairs)

@@ -24,6 +24,7 @@ def advance(model: Model, cache: Cache, ids: Tensor, num_new: Tensor | None = No
 @torch.no_grad()
 def score(model: Model, ids: Tensor, chunk: int = 1) -> tuple[Tensor, Cache]:
     """Logits [B, S, V] of ids [B, S], `chunk` tokens at a time through a cache; and the cache."""
+    model.refuse_longer(ids.shape[1])
     cache = Cache(model, ids.shape[0], ids.shape[1], ids.device)
     return torch.cat([advance(model, cache, part) for part in ids.split(chunk, 1)], 1), cache
 
@@ -33,6 +34,7 @@ def generate(
     model: Model, prompt: Tensor, num_tokens: int, *, temperature: float = 0.0, seed: int = 0, stop: int | None = None
 ) -> Iterator[int]:
     """Token after token of a continuation of `prompt` [S]; greedy at temperature 0. Ends at `stop`, or `num_tokens`."""
+    model.refuse_longer(len(prompt) + num_tokens)
     generator = torch.Generator(prompt.device).manual_seed(seed)
     cache = Cache(model, 1, len(prompt) + num_tokens, prompt.device)
     logits = advance(model, cache, prompt[None])[0, -1]

@@ -15,7 +15,10 @@ from conf import schema
 
 
 def available(folder: str) -> list[str]:
-    """The schemes of `folder` ("attention", "feedforward", "injection", "residual", "cores.approximate"), sorted."""
+    """The schemes of `folder`, sorted.
+
+    It is one of "attention", "feedforward", "injection", "residual", "mtp", "cores.approximate".
+    """
     package = importlib.import_module(f"models.{folder}")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 

@@ -1,9 +1,10 @@
-"""The whole model: embedding, blocks, final norm, head."""
+"""The whole model: embedding, blocks, final norm, head; and beside them what predicts further ahead in training."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,23 +13,27 @@ from torch.nn import functional as F
 
 from conf.schema import Refused
 from models import loss, mechanism, norm
+from models.ahead import Ahead, Config, Made, Prediction
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer, Writer
-from models.config import Layer, ModelConfig, resolve
+from models.config import Layer, ModelConfig, resolve, resolve_mtp
 from models.contract import Attention, Ends, Entry, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
 from models.parameter import Module, Parametrization, named_specs
+from models.positions import Positions
 from models.stream import Stream
 
 
 class Losses(NamedTuple):
     """cross_entropy: sum over the scored tokens in hand, nats. extra: auxiliary losses, each ÷ its global count.
 
-    The objective is cross_entropy ÷ scored tokens of the global batch + extra. reports: by layer.
+    The objective is cross_entropy ÷ scored tokens of the global batch + extra. reports: by layer, then of the modules
+    of multi-token prediction. ahead: its cross-entropies, by depth, where it was run.
     """
 
     cross_entropy: Tensor
     extra: Tensor
     reports: list[Report]
+    ahead: list[Tensor]
 
 
 class Scores(NamedTuple):
@@ -63,17 +68,21 @@ class Model(nn.Module):
         self.config = config
         residual = mechanism.config_of("residual", config.residual, "model.residual")
         self.embedding = Embedding(config.vocab, config.width)
+        self.positions = None if config.positions is None else Positions(config.positions, config.width)
         layers = resolve(config)
         self.entries = nn.ModuleList(_entries(layers))
         self.ends = residual.ends(config.width)
         self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(layers))
         self.norm = norm.build(config.norm, config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab, ("vocab", "width"), "head")
+        further = resolve_mtp(config)
+        self.mtp_depth: int = 0 if further is None else further[0].depth
+        self.mtp = nn.ModuleList(() if further is None else _predictions(*further, len(layers), residual, config))
         _refuse_misread(self.attention_sublayers())
         _refuse_unknown_ids(self.feedforwards(), config.vocab)
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
         at_entry = {"ids", "embedding"}.union(*(entry.provides for entry in self.entries))  # type: ignore[arg-type]
-        self.entry_live = _mark_live([sublayer for block in self.depths() for sublayer in block.sublayers()], at_entry)
+        self.entry_live = _mark_live(self.depths(), at_entry, "model.layers")
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -91,25 +100,39 @@ class Model(nn.Module):
         """The blocks, in order of depth."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
+    def trained_blocks(self) -> list[Block]:
+        """The blocks in order of depth, then those of multi-token prediction."""
+        return self.depths() + [module.block for module in self.mtp if isinstance(module, Prediction)]
+
+    def units(self) -> list[nn.Module]:
+        """What is compiled and sharded whole: the blocks, and the modules of multi-token prediction."""
+        return [*self.blocks, *self.mtp]
+
     def attention_sublayers(self) -> list[AttentionSublayer]:
-        """In order of depth."""
-        return [module for module in self.modules() if isinstance(module, AttentionSublayer)]
+        """In order of depth, without multi-token prediction's: a model that generates has no others."""
+        return [module for module in self.blocks.modules() if isinstance(module, AttentionSublayer)]
 
     def attentions(self) -> list[Attention]:
-        """The schemes, in order of depth."""
+        """The schemes, in order of depth, without multi-token prediction's."""
         return [sublayer.attention for sublayer in self.attention_sublayers()]
 
     def writers(self) -> list[Attention]:
         """The schemes of the writers that stand alone."""
         return [sublayer.alone.scheme for sublayer in self.attention_sublayers() if sublayer.alone is not None]
 
+    def trained_attentions(self) -> list[Attention]:
+        """The schemes of every block that is trained."""
+        found = [module for block in self.trained_blocks() for module in block.sublayers()]
+        return [sublayer.attention for sublayer in found if isinstance(sublayer, AttentionSublayer)]
+
     def feedforwards(self) -> list[FeedForward]:
-        """All that tokens go through by themselves, injections too, in order of depth."""
-        return [module.feedforward for module in self.modules() if isinstance(module, FeedForwardSublayer)]
+        """All that tokens go through by themselves, injections too, in order of depth, without multi-token
+        prediction's."""
+        return [module.feedforward for module in self.blocks.modules() if isinstance(module, FeedForwardSublayer)]
 
     def residuals(self) -> list[Residual]:
-        """Of every sublayer, in order of depth."""
-        return [module for module in self.modules() if isinstance(module, Residual)]
+        """Of every sublayer, in order of depth, without multi-token prediction's."""
+        return [module for module in self.blocks.modules() if isinstance(module, Residual)]
 
     def parametrization(self) -> Parametrization:
         return Parametrization(std=self.config.std, num_layers=len(self.blocks))
@@ -133,10 +156,17 @@ class Model(nn.Module):
                 module.start_buffers(torch.Generator().manual_seed(_seed_of(seed, name)))
 
     def forward(
-        self, ids: Tensor, sequence: Sequence, targets: Tensor | None = None, *, score: bool = False
+        self,
+        ids: Tensor,
+        sequence: Sequence,
+        targets: Tensor | None = None,
+        *,
+        ahead: Ahead | None = None,
+        score: bool = False,
     ) -> Tensor | Losses | Scores:
-        """ids: [B, S]. Without targets: logits [B, S, V] in fp32. With targets [B, S]: Losses, or Scores if `score`."""
-        stream = self.enter(ids)
+        """ids: [B, S]. Without targets: logits [B, S, V] in fp32. With targets [B, S]: Losses, or Scores if `score`.
+        ahead: for multi-token prediction, which is not run without."""
+        stream = self.enter(ids, sequence)
         reports = []
         for layer, block in enumerate(self.blocks):
             stream, report = block(stream, sequence.at(layer))
@@ -149,22 +179,53 @@ class Model(nn.Module):
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if score:
             return Scores(*(value.view_as(targets) for value in loss.score(flat, weight, flat_targets, cap)))
-        return Losses(loss.cross_entropy(flat, weight, flat_targets, cap), stream.extra, reports)
+        losses = Losses(loss.cross_entropy(flat, weight, flat_targets, cap), stream.extra, reports, [])
+        return losses if ahead is None else self._look_ahead(losses, Made(stream.residual, hidden), ahead, sequence)
 
-    def enter(self, ids: Tensor) -> Stream:
-        """ids: [B, S]. What the first block is handed."""
-        embedded = self.embedding(ids, self.compute_dtype)
+    def _look_ahead(self, losses: Losses, made: Made, ahead: Ahead, sequence: Sequence) -> Losses:
+        """`losses` with those of multi-token prediction. made: of the last block."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        extra, further = losses.extra, []
+        reports: list[Report] = [*losses.reports, *({} for _ in self.mtp)]
+        for depth, (ids, targets) in enumerate(zip(ahead.ids, ahead.targets, strict=True)):
+            which = depth % len(self.mtp)  # of one module for all depths, that one
+            layer = len(self.blocks) + which
+            # zeros, so that nothing of the next document is seen
+            embedded = self._embed(ids.clamp_min(0)) * (ids >= 0)[..., None]
+            made, more, report = self.mtp[which](made, embedded, sequence.at(layer))
+            further.append(
+                loss.cross_entropy(made.hidden.flatten(0, 1), weight, targets.flatten(), self.config.logit_cap)
+            )
+            extra, before = extra + more, reports[layer]
+            reports[layer] = {name: value + before[name] if before else value for name, value in report.items()}
+        return Losses(losses.cross_entropy, extra, reports, further)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """ids: [B, S]. Returns [B, S, D], scaled."""
+        embedded: Tensor = self.embedding(ids, self.compute_dtype)
         if self.config.embedding_scale != 1.0:
             embedded = embedded * torch.tensor(self.config.embedding_scale, dtype=embedded.dtype).item()
+        return embedded
+
+    def enter(self, ids: Tensor, sequence: Sequence) -> Stream:
+        """ids: [B, S]. What the first block is handed."""
+        embedded = self._embed(ids)
         carried: dict[str, Any] = {"ids": ids, "embedding": embedded}
         for entry in self.entries:
             carried |= entry(ids, embedded)
         live = {name: value for name, value in carried.items() if name in self.entry_live}
-        return Stream.start(self.ends.enter(embedded), live)
+        placed = embedded if self.positions is None else self.positions(embedded, sequence)
+        return Stream.start(self.ends.enter(placed), live)
+
+    def refuse_longer(self, tokens: int) -> None:
+        """Raises Refused where a row of so many tokens is longer than the model can read."""
+        if self.positions is not None:
+            self.positions.refuse_longer(tokens)
 
     def update_router_biases(self, loads: list[Tensor | None]) -> None:
-        """One step of each layer's selection bias; loads: by layer, [E] over the global batch, None without experts."""
-        for block, load in zip(self.depths(), loads, strict=True):
+        """One step of each trained block's selection bias; loads: by block, [E] over the global batch, None without
+        experts."""
+        for block, load in zip(self.trained_blocks(), loads, strict=True):
             if load is not None:
                 block.update_bias(load)
 
@@ -197,6 +258,18 @@ def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Bloc
     return Block(sublayers, scaled=config.block_scale)
 
 
+def _predictions(scheme: Config, layer: Layer, num_layers: int, residual: Any, config: ModelConfig) -> list[Prediction]:
+    """Of multi-token prediction. Raises Refused where their layer reads what the model's own alone are given."""
+    made = []
+    for index in range(num_layers, num_layers + scheme.modules):
+        block = _block(index, replace(layer, writer=index), residual, config)
+        _mark_live([block], (), "model.mtp.layer")
+        join = scheme.join(config.width, lambda: norm.build(config.norm, config.width, config.norm_eps))
+        final = norm.build(config.norm, config.width, config.norm_eps)
+        made.append(Prediction(join, block, residual.ends(config.width), final))
+    return made
+
+
 def _entries(layers: list[Layer]) -> list[Entry]:
     """One for all depths of the same injection. Raises Refused where two make different things under one name."""
     made = {layer.injection: layer.injection.entry() for layer in layers if layer.injection is not None}
@@ -207,17 +280,17 @@ def _entries(layers: list[Layer]) -> list[Entry]:
     return entries
 
 
-def _mark_live(sublayers: list[Sublayer], at_entry: Collection[str]) -> frozenset[str]:
+def _mark_live(blocks: list[Block], at_entry: Collection[str], where: str) -> frozenset[str]:
     """Every sublayer learns which carried names a later one reads. Returns those that the first one is handed.
 
     at_entry: the names that there are from the start. Raises Refused for a name that nobody before its reader provides.
     """
     live: frozenset[str] = frozenset()
-    for sublayer in reversed(sublayers):
+    for sublayer in reversed([sublayer for block in blocks for sublayer in block.sublayers()]):
         sublayer.keep(live)
         live = (live - set(sublayer.provides)) | set(sublayer.needs)
     if missing := live.difference(at_entry):
-        raise Refused(f"model.layers: a layer reads {min(missing)!r}, which no layer before it provides.")
+        raise Refused(f"{where}: a layer reads {min(missing)!r}, which no layer before it provides.")
     return live
 
 

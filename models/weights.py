@@ -24,7 +24,7 @@ from conf.schema import Refused
 from models import checkpoint, cost, shards
 from models.config import ModelConfig
 from models.families.common import published, stored
-from models.families.common.names import Ours, to_theirs
+from models.families.common.names import Ours, holds_any, to_theirs
 from models.linear import full_precision
 from models.model import Model
 from models.parameter import named_specs
@@ -67,10 +67,11 @@ def _kind(path: Path) -> str:
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """The model of `path`, computing in `dtype`; what is declared fp32 stays so. Raises Refused as open_weights."""
+    """The model of `path` as it generates, without multi-token prediction, computing in `dtype`; what is declared fp32
+    stays so. Raises Refused as open_weights."""
     weights = open_weights(path)
     with torch.device("meta"):
-        model = Model(weights.config, dtype)
+        model = Model(dataclasses.replace(weights.config, mtp=None), dtype)
     # buffers (a router's selection bias) and what is declared fp32 are not lowered
     lowered = {name for name, _, spec in named_specs(model) if not spec.fp32}
 
@@ -79,7 +80,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
             return tensor.dtype
         return dtype if name in lowered else full_precision(dtype)
 
-    state = {name: tensor.to(device, kept_as(name, tensor)) for name, tensor in weights.tensors.items()}
+    tensors = ((name, weights.tensors[name]) for name in model.state_dict())
+    state = {name: tensor.to(device, kept_as(name, tensor)) for name, tensor in tensors}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -144,7 +146,14 @@ def _theirs(path: Path) -> Weights:
     block = stored.blocks(_mapping(path / THEIRS, json.loads))
     if block is not None:
         tensors = stored.Plain(tensors, block)
-    return Weights(config, Ours(tensors, _shapes(config), family.tensor_names(config), str(path)))
+    names, shapes = family.tensor_names(config), _shapes(config)
+    if config.mtp is not None:
+        plain = dataclasses.replace(config, mtp=None)
+        own = _shapes(plain)
+        further = {name: shape for name, shape in shapes.items() if name not in own}
+        if not holds_any(tensors, further, names):  # Transformers saves config.json's word for them, but not them
+            config, names, shapes = plain, family.tensor_names(plain), own
+    return Weights(config, Ours(tensors, shapes, names, str(path)))
 
 
 def _run(path: Path) -> Weights:

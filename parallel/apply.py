@@ -32,8 +32,8 @@ def apply(
     if compile_blocks:
         # all blocks share one code object: each scheme, and each kind of packing, is a graph of its own
         torch._dynamo.config.recompile_limit = 64
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+        for unit in model.units():
+            unit.compile(fullgraph=True)
     if mesh.size() > 1:
         shard(model, mesh, reshard_after_forward)
     model.to_empty(device=mesh.device_type)
@@ -42,7 +42,8 @@ def apply(
 
 
 def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
-    """FSDP2 (arXiv 2304.11277), or HSDP where the mesh replicates: each block a unit, embedding, norm and head one.
+    """FSDP2 (arXiv 2304.11277), or HSDP where the mesh replicates: each block a unit, each module of multi-token
+    prediction one, embedding, norm and head one.
 
     Parameters are gathered in the compute dtype. Those declared fp32 are small, and a unit has one dtype: they stay
     whole on every rank, and `sum_gradients` does for them what FSDP does for the others. Gradients are summed, in the
@@ -53,9 +54,9 @@ def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
     gathered = None if model.compute_dtype == stored else model.compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=stored, cast_forward_inputs=False)
     dp_mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
-    for block in model.blocks:
+    for unit in model.units():
         fully_shard(
-            block, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=reshard_after_forward
+            unit, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=reshard_after_forward
         )
     fully_shard(model, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
     # a state that a later layer reads may hold views; FSDP hooks its gradient, and nothing writes into what is carried

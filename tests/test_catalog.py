@@ -180,6 +180,20 @@ RELEASED: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "tie_word_embeddings": False,
     },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "layer_norm_epsilon": 1e-05,
+        "initializer_range": 0.02,
+        "summary_type": "cls_index",
+    },
     # its first release; a later one stretches by 64
     "laguna_xs2": {
         "model_type": "laguna",
@@ -307,22 +321,23 @@ def refuses(family: published.Family, config: ModelConfig) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "active"),
+    ("name", "total", "with_mtp", "active"),
     [
-        pytest.param("deepseek_v3", 671.026, 36.6, id="deepseek_v3"),
-        pytest.param("deepseek_v32", 671.878, 37.5, id="deepseek_v32"),
-        pytest.param("glm5_1", 743.911, 40.8, id="glm5_1"),
-        pytest.param("kimi_k2_6", 1026.408, 31.7, id="kimi_k2_6"),
+        pytest.param("deepseek_v3", 671.026, 682.6, 36.6, id="deepseek_v3"),
+        pytest.param("deepseek_v32", 671.878, 683.5, 37.5, id="deepseek_v32"),
+        pytest.param("glm5_1", 743.911, 753.9, 40.8, id="glm5_1"),
+        pytest.param("kimi_k2_6", 1026.408, 1026.4, 31.7, id="kimi_k2_6"),
         # published: 284B, and 1.6T with the multi-token prediction block
-        pytest.param("deepseek_v4_flash", 284.3, 13.3, id="deepseek_v4_flash"),
-        pytest.param("deepseek_v4_pro", 1573.0, 48.9, id="deepseek_v4_pro"),
+        pytest.param("deepseek_v4_flash", 284.3, 290.9, 13.3, id="deepseek_v4_flash"),
+        pytest.param("deepseek_v4_pro", 1573.0, 1598.8, 48.9, id="deepseek_v4_pro"),
         # both releases count the embedding's rows among the active parameters (12.9 and 3.3); we do not
-        pytest.param("mixtral_8x7b", 46.7, 12.9 - 0.131, id="mixtral_8x7b"),
-        pytest.param("qwen3_30b_a3b", 30.5, 3.35 - 0.311, id="qwen3_30b_a3b"),
+        pytest.param("mixtral_8x7b", 46.7, 46.7, 12.9 - 0.131, id="mixtral_8x7b"),
+        pytest.param("qwen3_30b_a3b", 30.5, 30.5, 3.35 - 0.311, id="qwen3_30b_a3b"),
     ],
 )
-def test_published_sizes_in_billions(name: str, total: float, active: float) -> None:
+def test_published_sizes_in_billions(name: str, total: float, with_mtp: float, active: float) -> None:
     size = cost.parameters(costed(name))
+    assert (size.total + size.mtp) / 1e9 == pytest.approx(with_mtp, abs=0.05)
     assert size.total / 1e9 == pytest.approx(total, abs=0.05)
     assert size.active / 1e9 == pytest.approx(active, abs=0.05)
 

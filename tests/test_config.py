@@ -165,6 +165,10 @@ def test_a_missing_key_is_told() -> None:
         pytest.param(["engine=titan"], "engine is 'titan'", id="no such engine"),
         pytest.param(["hydra.run.dir=x"], "hydra", id="Hydra's own settings"),
         pytest.param(["train.phases=3"], "train.phases is 3", id="a number for phases"),
+        pytest.param(["train.mtp_weight=0.1"], "model.mtp, which is null", id="a weight of nothing"),
+        pytest.param(["train.phases=[{start: 2, mtp_weight: 1}]"], "model.mtp", id="a weight of nothing in a phase"),
+        pytest.param(["model=deepseek_v3_tiny", "train.mtp_weight=-1"], r"mtp_weight \(-1", id="a weight below 0"),
+        pytest.param(["+model.mtp={scheme: concat, layer: {attention: {scheme: gqaa}}}"], "feedforward", id="half"),
     ],
 )
 def test_compositions_that_are_refused(overrides: list[str], sentence: str) -> None:

@@ -55,6 +55,7 @@ class Case:
         return Batch(
             ids=torch.cat([b.ids for b in shares]),
             targets=torch.cat([b.targets for b in shares], dim=1),
+            ahead=torch.cat([b.ahead for b in shares], dim=1),
             position=torch.cat([b.position for b in shares]),
             document=torch.cat([b.document for b in shares]),
             scored=sum(b.count() for b in shares),
@@ -137,6 +138,8 @@ def test_targets_positions_and_documents_are_those_of_the_plain_twin(case: Case,
         for d in range(1 + case.depth):
             expected = [tokens[s + 1 + d] if piece[s + 1 + d] == piece[s] else IGNORE for s in range(S)]
             assert batch.targets[d, row].tolist() == expected
+            if d < case.depth:
+                assert batch.ahead[d, row].tolist() == expected
             scored += sum(t != IGNORE for t in expected) if d == 0 else 0
     assert batch.count() == scored
     assert batch.single_document == (int(batch.document.max()) == 0)

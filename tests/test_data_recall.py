@@ -46,6 +46,7 @@ def test_every_answer_stands_in_the_window(task: tuple[Config, int], consumed: i
         for d in range(1, 1 + depth):  # the same answers, seen from further before
             ahead = batch.targets[d, row][: sequence_length - d]
             assert torch.equal(ahead, batch.targets[0, row][d:])
+            assert torch.equal(batch.ahead[d - 1, row][:-d], batch.ids[row][d:]), "given whether it is scored or not"
 
 
 def test_answers_of_the_null_are_at_chance() -> None:

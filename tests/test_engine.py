@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from conf.compose import choices, compose
 from data.loader import Loader
 from data.source import Window
+from models.ahead import Ahead
 from models.moe.router import Router
 from models.parameter import named_specs
+from models.sequence import Whole
 from tests.runs import TINY
 from tests.toy import everything, whole
 from train.config import read
@@ -28,12 +30,13 @@ from train.ranks import Ranks
 RunRanks = Callable[..., list[Any]]
 Results = dict[str, Tensor]
 
-ROWS, LENGTH, STEPS = 8, 12, 3
+ROWS, LENGTH, STEPS, DEPTH = 8, 12, 3, 1
 TOLERANCE = 1e-10  # of the norm of the difference to the norm
 OPTIMIZERS = (["optimizer=adamw"], ["optimizer=muon", "optimizer.precision=float64"])
 BASE = [
     *TINY, f"train.sequence_length={LENGTH}", f"train.batch_tokens={ROWS * LENGTH}", "train.micro_batch=8",
     "train.clip=0.1", "moe.balance_loss=0.1", "moe.z_loss=0.1", "moe.bias_rate=0.01", "attention.window=5",
+    "+model.mtp={scheme:concat,depth:1,layer:{attention:${attention},feedforward:${moe}}}",
 ]  # fmt: skip
 
 
@@ -57,8 +60,10 @@ def this_rank() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), world)
 
 
-def loader(length: int = LENGTH) -> Loader:
-    return Loader(Documents(), sequence_length=length, rank=dist.get_rank(), world_size=dist.get_world_size())
+def loader(length: int = LENGTH, depth: int = DEPTH) -> Loader:
+    return Loader(
+        Documents(), sequence_length=length, depth=depth, rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
 
 
 def starve(engine: Engine) -> None:
@@ -86,8 +91,8 @@ def _train(overrides: list[str], prepare: Callable[[Engine], None] = starve) -> 
     engine.optimizer.register_step_pre_hook(note_gradients)
     for step in range(STEPS):
         result = engine.step(data.batch(step * ROWS, ROWS), 1e-2, Clock(torch.device("cpu")))
-        for name in ("loss", "extra", "grad_norm"):
-            results[f"step {step} {name}"] = getattr(result, name)
+        told = {name: getattr(result, name) for name in ("loss", "extra", "grad_norm", "mtp_loss")}
+        results |= {f"step {step} {name}": value for name, value in told.items() if value is not None}
         results |= {f"step {step} load of layer {layer}": load for layer, load in result.loads.items()}
     results |= everything(engine.model, engine.optimizer)
     results |= {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
@@ -126,13 +131,49 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 def test_the_reference_shows_what_it_should(expected: list[Results]) -> None:
     for results in expected:
         loads = torch.stack([value for name, value in results.items() if name.startswith("step 0 load ")])
-        assert loads.shape == (2, 4)
+        assert loads.shape == (2 + DEPTH, 4)
         assert (loads[:, 0] == 0).all()
         assert (loads[:, 1:] > 0).all()
         assert results["step 0 grad_norm"] > 0.1  # the limit: clipping does something
         assert results["step 0 extra"] > 0
         assert all(value.dtype == torch.float64 for name, value in results.items() if "gradient of" in name)
     assert len({name for name in expected[0] if name.startswith("step 0 gradient")}) > 15
+    for results in expected:
+        assert all(results[f"step 0 gradient of mtp.{n}.join.projection.weight"].norm() > 1e-5 for n in range(DEPTH))
+
+
+def _weighed(overrides: list[str]) -> tuple[list[Results], Results]:
+    """Gradients with two weights, and those of multi-token prediction's loss by itself."""
+    found: list[Results] = []
+    for weight in (0.0, 0.25):
+        engine = Engine(read(compose([*BASE, "train.compute=fp64", "train.clip=null", *overrides])), this_rank())
+        engine.mtp_weight = weight
+        results: Results = {}
+
+        def note(*_: object, engine: Engine = engine, results: Results = results) -> None:
+            results |= {name: parameter.grad.clone() for name, parameter in engine.model.named_parameters()}  # type: ignore
+
+        engine.optimizer.register_step_pre_hook(note)
+        step = engine.step(loader(depth=2).batch(0, ROWS), 0.0, Clock(torch.device("cpu")))
+        found.append(results)
+    batch, model = loader(depth=2).batch(0, ROWS), engine.model
+    model.zero_grad()
+    sequence = Whole(batch.position, batch.document)
+    losses = model(batch.ids, sequence, batch.targets[0], ahead=Ahead(batch.ahead, batch.targets[1:])).ahead
+    means = torch.stack([loss / int((batch.targets[1 + d] >= 0).sum()) for d, loss in enumerate(losses)])
+    assert step.mtp_loss is not None
+    torch.testing.assert_close(step.mtp_loss, means.detach())
+    means.mean().backward()
+    return found, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def test_multi_token_prediction_is_weighed(ranks: RunRanks) -> None:
+    (without, quarter), alone = ranks(
+        1, _weighed, ["model.mtp.depth=2", "optimizer.weight_decay=0", "moe.bias_rate=0"]
+    )[0]
+    for name, gradient in alone.items():
+        difference = quarter[name] - without[name] - 0.25 * gradient
+        assert difference.norm() <= 1e-12 + 1e-9 * quarter[name].norm(), name
 
 
 @pytest.mark.parametrize(
@@ -200,7 +241,7 @@ def test_compiled_and_sharded_equals_one_process(ranks: RunRanks, expected: list
 
 def _train_schemes(schemes: list[str]) -> dict[str, Results]:
     """With the sizes that each is shipped with, over windows that hold more than one compressed block."""
-    base = [value for value in BASE if not value.startswith(("attention.", "model.width"))]
+    base = [value for value in BASE if not value.startswith(("attention.", "model.width", "+model."))]
     long = ["train.sequence_length=40", f"train.batch_tokens={ROWS * 40}", "train.compute=fp64"]
     return {scheme: _train([*base, *long, f"attention={scheme}"]) for scheme in schemes}
 
@@ -213,14 +254,19 @@ def test_every_scheme_under_fsdp_equals_one_process(ranks: RunRanks) -> None:
             assert_equal(found[scheme], expected[scheme])
 
 
-SHIPPED = {"gemma4_e2b_tiny": "blocks.3.scale", "gemma4_26b_a4b_tiny": "blocks.5.scale"}
+SHIPPED = {
+    "gemma4_e2b_tiny": "blocks.3.scale",
+    "gemma4_26b_a4b_tiny": "blocks.5.scale",
+    "deepseek_v4_flash_tiny": "nothing",
+    "gpt2_tiny": "key.bias",
+}
 """Models with what no attention scheme has: things made at the entry and read at every depth, shared states, norms
-after a sublayer, experts beside a dense feed-forward. And what is not compared: a number before a norm, whose gradient
-is what rounding leaves of nothing."""
+after a sublayer, experts beside a dense feed-forward, streams that are predicted from, learned positions. And what is
+not compared: a number before a norm, or within a softmax, whose gradient is what rounding leaves of nothing."""
 
 
 def _train_shipped(names: dict[str, str]) -> dict[str, Results]:
-    base = [value for value in BASE if not value.startswith(("attention.", "moe.", "model."))]
+    base = [value for value in BASE if not value.startswith(("attention.", "moe.", "model.", "+model."))]
     found = {name: _train([*base, "train.compute=fp64", f"model={name}"], lambda engine: None) for name in names}
     return {name: {key: found[name][key] for key in found[name] if names[name] not in key} for name in names}
 

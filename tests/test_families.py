@@ -365,7 +365,7 @@ DAMAGE = [
     ),
     pytest.param(
         lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(8, 16)}),
-        "model.layers.2.eh_proj.weight",
+        "lacks the tensor model.layers.2",
         id="multi-token prediction",
     ),
 ]

@@ -143,7 +143,7 @@ def test_layers_may_go_without_what_others_are_injected() -> None:
     model = Row((layer(gqa(), injection=PLE), layer(gqa()), layer(gqa(), injection=PLE), layer(gqa()))).model_in(
         torch.float64
     )
-    stream, carried = model.enter(tokens(1, LENGTH)), []
+    stream, carried = model.enter(tokens(1, LENGTH), Whole.rows(1, LENGTH)), []
     for depth, block in enumerate(model.blocks):
         stream, _ = block(stream, Whole.rows(1, LENGTH).at(depth))
         carried.append(set(stream.carried))

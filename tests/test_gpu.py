@@ -184,7 +184,8 @@ def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(name: st
         config = read(compose([f"model={name}", "run.dir=unused", *sizes, *settings]))
         engine, clock = Engine(config, alone), Clock(alone.device)
         torch.manual_seed(1)
-        batches = [random_batch(4, 256, config.model.vocab, documents=3) for _ in range(number)]
+        vocab, depth = config.model.vocab, engine.model.mtp_depth
+        batches = [random_batch(4, 256, vocab, documents=3, depth=depth) for _ in range(number)]
         done = [engine.step(batches[0], 1e-3, clock)]
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -27,13 +27,16 @@ DSA = (
     "attention.rope_dim=4", "attention.value_dim=3", "attention.indexer={heads: 3, head_dim: 4, top_k: 3}",
 )  # fmt: skip
 
-SMALL = [*(word for word in TINY if not word.startswith("attention.")), *DSA]
+# one module, applied twice, with an indexer of its own
+MTP = "+model.mtp={scheme: concat, depth: 2, shared: true, layer: {attention: '${attention}', feedforward: '${moe}'}}"
+
+SMALL = [*(word for word in TINY if not word.startswith("attention.")), *DSA, MTP]
 
 BORDERS = {"dense": 0, "warmup": 4, "sparse": 8}
 
 PHASED = [
     *SMALL, "train.attention=dense", "train.steps=12", "checkpoint.keep=9", "moe.bias_rate=0.01",
-    "train.phases=[{start: 4, attention: warmup, learning_rate: 1e-2}, {start: 8, attention: sparse}]",
+    "train.phases=[{start: 4, attention: warmup, learning_rate: 1e-2}, {start: 8, attention: sparse, mtp_weight: 0.1}]",
 ]  # fmt: skip
 
 
@@ -77,9 +80,12 @@ def test_the_lessons_are_told(finished: tuple[Path, int]) -> None:
     for step, record in by_step.items():
         assert ("kl" in record) == ("recall" in record) == (step > BORDERS["warmup"])
         if "kl" in record:
-            assert len(record["kl"]) == len(record["recall"]) == 2
+            assert len(record["kl"]) == len(record["recall"]) == 2 + 1
             assert all(0 < share <= 1 for share in record["recall"])
             assert 0 < sum(record["kl"]) <= record["extra"] * (1 + 1e-5)
+        if "loss" in record:
+            assert len(record["mtp_loss"]) == 2
+            assert all(0 < loss < 10 for loss in record["mtp_loss"])
 
 
 @pytest.mark.parametrize("step", [4, 8])
@@ -100,7 +106,7 @@ def test_resumed_at_a_border(finished: tuple[Path, int], step: int) -> None:
 def _steps(modes: list[Mode]) -> dict[str, Tensor]:
     overrides = [*SMALL, "train.sequence_length=12", f"train.batch_tokens={12 * ROWS}", "train.micro_batch=2"]
     config = read(compose([*overrides, "train.compute=fp64", "train.clip=0.01", "moe.balance_loss=0.1"]))
-    engine, data = Engine(config, this_rank()), loader()
+    engine, data = Engine(config, this_rank()), loader(depth=2)
     results: dict[str, Tensor] = {}
     for step, mode in enumerate(modes):
         engine.set_mode(mode)
@@ -131,7 +137,7 @@ def _norms(mode: Mode) -> tuple[float, dict[str, float]]:
             groups[name] = torch.cat(taken).norm().item() if taken else 0.0
 
     engine.optimizer.register_step_pre_hook(note)
-    step = engine.step(loader(8).batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
+    step = engine.step(loader(8, depth=2).batch(0, ROWS), 1e-2, Clock(torch.device("cpu")))
     return step.grad_norm.item(), groups
 
 

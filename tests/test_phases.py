@@ -79,7 +79,7 @@ def test_what_a_phase_leaves_out_stays() -> None:
             [
                 Phase(start=2, sequence_length=16),
                 Phase(start=5, batch_tokens=64, learning_rate=0.25),
-                Phase(start=7, learning_rate=0.0),
+                Phase(start=7, learning_rate=0.0, mtp_weight=0.1),
                 Phase(start=12, sequence_length=4),
             ],
         ),
@@ -89,7 +89,9 @@ def test_what_a_phase_leaves_out_stays() -> None:
         Stretch(start=0, stop=2, sequence_length=8, rows=4, learning_rate=0.5, samples=0, tokens=0),
         Stretch(start=2, stop=5, sequence_length=16, rows=2, learning_rate=0.5, samples=8, tokens=64),
         Stretch(start=5, stop=7, sequence_length=16, rows=4, learning_rate=0.25, samples=14, tokens=160),
-        Stretch(start=7, stop=10, sequence_length=16, rows=4, learning_rate=0.0, samples=22, tokens=288),
+        Stretch(
+            start=7, stop=10, sequence_length=16, rows=4, learning_rate=0.0, samples=22, tokens=288, mtp_weight=0.1
+        ),
     ]
 
 

@@ -430,7 +430,7 @@ def test_only_what_is_read_later_is_carried(row: Row) -> None:
     """A stage border sends what the stream carries: a state from its writer to its last reader."""
     model, sequence = row.model_in(torch.float64), ragged(row)
     writers = [sublayer.writer for sublayer in model.attention_sublayers()]
-    stream = model.enter(tokens(*sequence.position.shape))
+    stream = model.enter(tokens(*sequence.position.shape), sequence)
     with torch.no_grad():
         for depth, block in enumerate(model.blocks):
             stream, _ = block(stream, sequence.at(depth))

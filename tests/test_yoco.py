@@ -70,7 +70,7 @@ def test_a_prefill_needs_the_first_half_alone() -> None:
     reader = model.attention_sublayers()[half]
     assert reader.alone is not None
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        stream = model.enter(ids)
+        stream = model.enter(ids, sequence)
         for depth, block in enumerate(model.depths()[:half]):
             stream, _ = block(stream, sequence.at(depth))
         state = reader.alone(reader.residual.read(stream.residual)[0], sequence.at(half))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from conf import schema
 from data.config import DataConfig
-from models.config import ModelConfig, resolve
+from models.config import ModelConfig, resolve, resolve_mtp
 from models.mode import Mode
 from parallel.layout import ParallelConfig
 from train.schedule import Schedule
@@ -41,7 +41,7 @@ class RunSection:
 class Phase:
     """A stretch of the run that starts at step `start` and lasts to the next one. What is null stays as it was.
 
-    mixture: the weights of all sources of data.train, by name; 0 for one that pauses.
+    mixture: the weights of all sources of data.train, by name; 0 for one that pauses. mtp_weight: see TrainSection.
     """
 
     start: int
@@ -50,6 +50,7 @@ class Phase:
     learning_rate: float | None = None
     mixture: dict[str, float] | None = None
     attention: Mode | None = None
+    mtp_weight: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("start", "sequence_length", "batch_tokens"):
@@ -58,6 +59,16 @@ class Phase:
                 raise ValueError(f"{name} ({value}) must be at least 1")
         if self.learning_rate is not None and not self.learning_rate >= 0:
             raise ValueError(f"learning_rate ({self.learning_rate}) must not be negative")
+        _check_mtp_weight(self.mtp_weight)
+
+
+def _check_mtp_weight(weight: float | None) -> None:
+    if weight is not None and not 0 <= weight < float("inf"):
+        raise ValueError(f"mtp_weight ({weight}) must be a number from 0 on")
+
+
+MTP_WEIGHT = 0.3
+"""What DeepSeek-V3 begins with (arXiv 2412.19437, section 4.2); later, and in V4's decay, it is 0.1."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class TrainSection:
     reads less than all (models/cores/approximate); validation reads all. attention: how what chooses what is read is
     trained: without choosing (dense, which ends an approximation too), what chooses alone, by a loss of its own
     (warmup), or all of it (sparse).
+    mtp_weight: factor on the loss of multi-token prediction, the mean over its depths; null for MTP_WEIGHT.
     """
 
     steps: int
@@ -122,6 +134,7 @@ class TrainSection:
     phases: list[Phase] = field(default_factory=list)
     ramp: Ramp | None = None
     profile: Profile | None = None
+    mtp_weight: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "batch_tokens", "micro_batch"):
@@ -148,9 +161,15 @@ class TrainSection:
         modes = {self.attention, *(phase.attention for phase in self.phases)}
         if self.approximate is not None and "sparse" not in modes:
             raise ValueError("approximate is never used: no phase trains with attention: sparse; leave it null")
+        _check_mtp_weight(self.mtp_weight)
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must start at increasing steps, not at {starts}")
+
+    @property
+    def first_mtp_weight(self) -> float:
+        """Before any phase changes it."""
+        return MTP_WEIGHT if self.mtp_weight is None else self.mtp_weight
 
 
 @dataclass(frozen=True)
@@ -215,6 +234,9 @@ class Config:
         for index, phase in enumerate(self.train.phases):
             if phase.mixture is not None:
                 self.data.check_weights(phase.mixture, f"train.phases[{index}].mixture")
+        weighed = [w for w in (self.train.mtp_weight, *(p.mtp_weight for p in self.train.phases)) if w is not None]
+        if weighed and self.model.mtp is None:
+            raise ValueError("train.mtp_weight weighs the loss of model.mtp, which is null; leave it out, or give both")
 
 
 def read(values: Mapping[str, Any]) -> Config:
@@ -226,6 +248,7 @@ def read(values: Mapping[str, Any]) -> Config:
 
     optimizer.read(config.optimizer)
     resolve(config.model)
+    resolve_mtp(config.model)
     if config.train.approximate is not None:
         from models.cores import approximate
 

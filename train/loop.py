@@ -72,6 +72,7 @@ def train(run: Run) -> str | None:
     pending: Pending | None = None
     for stretch in stretches(config.train, run.learning_rate):
         run.engine.set_mode(stretch.attention)
+        run.engine.mtp_weight = stretch.mtp_weight
         run.flops_per_token.clear()
         if run.progress.owes_validation and run.step <= stretch.stop:
             if not validate(run, stretch):
@@ -138,8 +139,10 @@ class Pending:
     statistics: meter.OnHost | None = None
 
     def __post_init__(self) -> None:
-        loss, extra, norm, loads, lessons = self.result
-        self.numbers = meter.OnHost((loss, extra, norm, *loads.values(), *(() if lessons is None else (lessons,))))
+        loss, extra, norm, loads, *others = self.result
+        self.numbers = meter.OnHost(
+            (loss, extra, norm, *loads.values(), *(each for each in others if each is not None))
+        )
         if self.watch is not None:
             self.statistics = meter.OnHost((self.watch.table,))
 
@@ -171,10 +174,13 @@ class Pending:
             rate = record["tokens_per_second"] / run.ranks.world_size
             record["mfu"] = rate * run.flops_per_token[length] / peak
         loads = numbers[3 : 3 + len(self.result.loads)]
+        others = iter(numbers[3 + len(loads) :])
         if loads:
             record["load"] = [float(load.max() / load.double().mean()) for load in loads]
         if self.result.lessons is not None:
-            record["kl"], record["recall"] = numbers[-1].T.tolist()
+            record["kl"], record["recall"] = next(others).T.tolist()
+        if self.result.mtp_loss is not None:
+            record["mtp_loss"] = next(others).tolist()
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)
@@ -273,6 +279,7 @@ def _loader(run: Run, stretch: Stretch) -> Loader:
     return Loader(
         run.course,
         sequence_length=stretch.sequence_length,
+        depth=run.engine.model.mtp_depth,
         seed=run.config.data.seed,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,

@@ -64,7 +64,10 @@ class OnHost:
 
 def training_flops_per_token(model: Model, sequence_length: int) -> float:
     """Forward and backward (twice the forward) of a whole window, causal pairs only, per token."""
-    return 3.0 * cost.flops(model, sequence_length, sequence_length).total / sequence_length
+    whole = cost.flops(model, sequence_length, sequence_length) + cost.mtp_flops(
+        model, sequence_length, sequence_length
+    )
+    return 3.0 * whole.total / sequence_length
 
 
 def peak_flops(device: torch.device) -> float | None:

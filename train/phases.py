@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from conf.schema import Refused
 from data.course import Leg
 from models.mode import Mode
-from train.config import TrainSection
+from train.config import MTP_WEIGHT, TrainSection
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Stretch:
     tokens: int
     weights: dict[str, float] | None = None
     attention: Mode = "sparse"
+    mtp_weight: float = MTP_WEIGHT
 
     def consumed(self, step: int) -> int:
         """Samples consumed before `step`."""
@@ -49,6 +50,7 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
     length, planned, samples, tokens, table = train.sequence_length, train.batch_tokens, 0, 0, []
     weights: dict[str, float] | None = None
     attention = train.attention
+    mtp_weight = train.first_mtp_weight
     for phase, step, stop in zip([None, *train.phases], [0, *starts], [*starts, train.steps], strict=True):
         if phase is not None:
             length = phase.sequence_length or length
@@ -56,6 +58,7 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
             learning_rate = learning_rate if phase.learning_rate is None else phase.learning_rate
             weights = weights if phase.mixture is None else phase.mixture
             attention = phase.attention or attention
+            mtp_weight = mtp_weight if phase.mtp_weight is None else phase.mtp_weight
         while step < min(stop, train.steps):
             batch_tokens, until = _held(train, planned, step, tokens)
             if batch_tokens % length:
@@ -69,7 +72,8 @@ def stretches(train: TrainSection, learning_rate: float) -> list[Stretch]:
                     f"on; take {max(1, round(batch_tokens / length)) * length}."
                 )
             rows, last = batch_tokens // length, min(until, stop, train.steps)
-            table.append(Stretch(step, last, length, rows, learning_rate, samples, tokens, weights, attention))
+            settings = (length, rows, learning_rate, samples, tokens, weights, attention, mtp_weight)
+            table.append(Stretch(step, last, *settings))
             step, samples, tokens = last, table[-1].consumed(last), table[-1].tokens_at(last)
     return table
 

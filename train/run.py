@@ -120,10 +120,12 @@ def check(config: Config, world_size: int) -> Sources:
                 raise Refused(f"data.validation ({name}): {refusal}") from None
     if config.evaluate.samples is None and any(probe.source.num_tokens is None for probe in probes.values()):
         raise Refused("evaluate.samples is null, but some of the validation data is endless; give a number.")
-    attentions = cost.meta(config.model).attentions()
-    approximate.cores(config.train.approximate, attentions)
-    chooses = any(attention.selector() for attention in attentions)
+    model = cost.meta(config.model)
+    approximate.cores(config.train.approximate, model.attentions())
+    chooses = any(attention.selector() for attention in model.trained_attentions())
     for stretch in table:
+        for length in (stretch.sequence_length, *(probe.length or 0 for probe in probes.values())):
+            model.refuse_longer(length)
         if stretch.attention == "warmup" and not chooses:
             raise Refused(
                 f"attention is warmup from step {stretch.start} on, which trains what chooses alone, but no layer of "
@@ -199,7 +201,7 @@ def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:
     kernels = sorted({attention.core.__module__.rpartition(".")[2] for attention in engine.model.attentions()})
     log.info(
         "%s parameters, %s active; %.0f bytes of cache a token; %d rank(s) on %s; softmax core: %s%s; steps %d to %d",
-        f"{counted.total:,}",
+        f"{counted.total:,}" + (f" (and {counted.mtp:,} of multi-token prediction)" if counted.mtp else ""),
         f"{counted.active:,}",
         cost.kv_bytes_per_token(model),
         ranks.world_size,

@@ -49,6 +49,7 @@ def costs_of(model: Model, contexts: list[int], store: Storage, weights: str) ->
 
     kv_bytes: of what queries read; tail_bytes: of what compressions still need, apart. naive: as an engine without
     windows holds it. sharing_saves: what the layers that read another's state would hold of their own.
+    total_with_mtp: with multi-token prediction, which is in nothing else.
     decode and prefill FLOPs count every operation once; weighted ones are in bf16's, see models.cost.weighted.
     """
     size = cost.parameters(model)
@@ -65,6 +66,7 @@ def costs_of(model: Model, contexts: list[int], store: Storage, weights: str) ->
 
     return {
         "total": size.total,
+        "total_with_mtp": size.total + size.mtp,
         "active": size.active,
         "looked_up": size.looked_up,
         "total_by_part": cost.parameters_by_part(model),

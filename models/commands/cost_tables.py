@@ -14,7 +14,9 @@ Column = tuple[str, str, Callable[[float], str]]
 
 def tables(costs: Mapping[str, Costs], contexts: list[int]) -> str:
     """Sizes, one table a context, and what fits the GPU. Columns that would hold nothing new are left out."""
-    sizes: list[Column] = [("total", "total", count), ("active", "active", count)]
+    sizes: list[Column] = [("total", "total", count)]
+    sizes += [("with MTP", "total_with_mtp", count)] if _has_mtp(costs) else []
+    sizes += [("active", "active", count)]
     sizes += [("looked up", "looked_up", count)] if _any(costs, "looked_up") else []
     sizes += [("KV / token", "kv_bytes_per_token", size)]
     lines = _table(costs, sizes, None)
@@ -71,6 +73,10 @@ def _table(costs: Mapping[str, Costs], columns: list[Column], context: str | Non
         f"{name:{width}}" + "".join(cell(entry, key, show) for _, key, show in columns) for name, entry in costs.items()
     ]
     return [header.rstrip(), *(row.rstrip() for row in rows)]
+
+
+def _has_mtp(costs: Mapping[str, Costs]) -> bool:
+    return any(entry["total_with_mtp"] != entry["total"] for entry in costs.values())
 
 
 def _any(costs: Mapping[str, Costs], key: str) -> bool:

@@ -13,7 +13,7 @@ from conf.schema import Refused
 from models import cost
 from models.commands.named import Named, named
 from models.commands.overview import count
-from models.config import Layer, LayerPlan, resolve
+from models.config import Layer, LayerPlan, resolve, resolve_mtp
 from models.contract import Slot
 from models.model import Model
 
@@ -41,6 +41,7 @@ def as_mapping(found: Named, model: Model) -> dict[str, Any]:
         "active": size.active,
         "kv_bytes_per_token": cost.kv_bytes_per_token(model),
         "layers": _layers(model),
+        "mtp": _mtp(model),
     }
 
 
@@ -67,6 +68,12 @@ def picture(found: Named, model: Model) -> str:
         else:
             lines += [f"    reads      what layer {first['reads']} left; leaves nothing"]
         lines += [_wrapped(name, first[name]) for name in ("feedforward", "injection") if name in first]
+    if (mtp := _mtp(model)) is not None:
+        module = "one module" if mtp["modules"] == 1 else f"{mtp['modules']} modules"
+        further = "1 token" if mtp["depth"] == 1 else f"{mtp['depth']} tokens"
+        head = f"multi-token prediction, in training alone: {further} further by {module}, {mtp['scheme']}, "
+        lines += ["", head + f"{count(size.mtp)} parameters"]
+        lines += [_wrapped(name, mtp[name]) for name in ("attention", "feedforward")]
     return "\n".join(lines)
 
 
@@ -85,6 +92,22 @@ def _layers(model: Model) -> list[dict[str, Any]]:
         }
         for plan, layer, sublayer in zip(plans, resolve(model.config), model.attention_sublayers(), strict=True)
     ]
+
+
+def _mtp(model: Model) -> dict[str, Any] | None:
+    """What training adds; it leaves nothing in the cache."""
+    found = resolve_mtp(model.config)
+    if found is None or model.config.mtp is None:
+        return None
+    scheme, layer = found
+    return {
+        "scheme": model.config.mtp["scheme"],
+        "depth": scheme.depth,
+        "modules": scheme.modules,
+        "attention": {"scheme": scheme.layer.attention["scheme"], **dataclasses.asdict(layer.attention)},
+        "feedforward": {"scheme": scheme.layer.feedforward["scheme"], **dataclasses.asdict(layer.feedforward)},
+        "parameters": cost.parameters(model).mtp,
+    }
 
 
 def _injection(plan: LayerPlan, layer: Layer) -> dict[str, Any]:

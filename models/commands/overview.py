@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
         if wanted := catalog.open_sections(name):
             print(f"{'':47}(its {', '.join(wanted)} can be chosen; sizes with the defaults)")
     print("\nschemes")
-    for folder in ("attention", "feedforward", "injection", "residual"):
+    for folder in ("attention", "feedforward", "injection", "residual", "mtp"):
         print(f"  {folder:12} {' '.join(mechanism.available(folder))}")
     print("\nchoices for open sections")
     for group in catalog.SECTIONS:

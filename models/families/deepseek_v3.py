@@ -1,6 +1,6 @@
 """DeepSeek-V3 (arXiv 2412.19437): latent attention, a few dense layers, then sigmoid-routed experts.
 
-Also the text towers of DeepSeek-R1 and Kimi K2. What training alone needs (multi-token prediction) is not held.
+Also the text towers of DeepSeek-R1 and Kimi K2.
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 def tensor_names(config: ModelConfig) -> names.Names:
     """Our tensors' names to Transformers'."""
-    return deepseek.tensor_names(plan.layers(config, SCHEMES)[0].attention.query_latent is not None, {})
+    return deepseek.tensor_names(config, plan.layers(config, SCHEMES), {})

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import Refused
-from models.config import ModelConfig
-from models.families.common import plan, published, rope
-from models.families.common.names import Flat, Names, Spelling
+from models.config import ModelConfig, resolve_mtp
+from models.families.common import mtp, plan, published, rope
+from models.families.common.names import Flat, Names, Spelling, first_name, renamed
 
 SCHEMES = {"attention": ["swa", "csa", "hca"], "feedforward": ["moe"]}
 FIXED = {
@@ -154,11 +154,14 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
         "hash_moe": moe | {"router": router | {"hash_vocab": p.vocab_size}},
         "moe": moe | {"router": router | {"bias": True}},
     }
+    further = {"attention": attention[SLIDING], "feedforward": feedforward["moe"]}
+    count = p.num_nextn_predict_layers
     return plan.config(
         [
             {"attention": attention[kind], "feedforward": feedforward[routed]}
             for kind, routed in zip(p.attention_kinds(), p.routers(), strict=True)
         ],
+        mtp={"scheme": "streams", "depth": count, "layer": further} if count else None,
         vocab=p.vocab_size,
         width=p.hidden_size,
         norm_eps=p.rms_norm_eps,
@@ -182,6 +185,9 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     plans = [depth for stack in config.layers for _ in range(stack.repeat) for depth in stack.of]
     kinds = [KINDS[depth.attention["scheme"]] for depth in plans]
     by_kind = {kind: layer.attention for kind, layer in zip(kinds, layers, strict=True)}
+    further = resolve_mtp(config)
+    if further is not None:
+        by_kind.setdefault(SLIDING, further[1].attention)
     a, moe = layers[0].attention, layers[0].feedforward
     hf = {
         "architectures": ["DeepseekV4ForCausalLM"],
@@ -202,7 +208,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "layer_types": kinds,
         "compress_rates": {kind: by_kind[kind].rate if kind in by_kind else rate for kind, rate in RATES.items()},
         "mlp_layer_types": ["moe" if layer.feedforward.router.hash_vocab is None else "hash_moe" for layer in layers],
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": mtp.modules(config),
         **_ropes_to(by_kind, a.rope_dim / a.head_dim),
         **_experts_to(moe),
         **_residual_to(config),
@@ -311,6 +317,31 @@ def tensor_names(config: ModelConfig) -> Names:
     }
     for ours, theirs in COEFFICIENTS.items():
         found[f"ends.coefficients.{ours}"] = (f"model.hc_head.hc_{theirs}", f"hc_head_{theirs}")
+    return {**found, **_further(found, mtp.modules(config))}
+
+
+def _further(names: Names, modules: int) -> Names:
+    """Of multi-token prediction's modules, which Transformers has no spelling for: as DeepSeek releases them."""
+    outside = PREFIXES[1]
+    released: dict[str, tuple[Spelling, ...]] = {}
+    for name, row in names.items():
+        if name.startswith("blocks."):
+            spellings = [spelling for spelling in row if first_name(spelling).startswith(outside)]
+            released[name] = tuple((spellings[2:] or spellings)[:1])
+    found: dict[str, tuple[Spelling, ...]] = {}
+    for index in range(modules):
+        module = f"mtp.{index}"  # ours and theirs
+        for name, (spelling,) in released.items():
+            found[name.replace("blocks.{layer}", f"{module}.block")] = (renamed(spelling, outside, f"{module}."),)
+        found |= {
+            f"{module}.join.embedding_norm.gain": (f"{module}.enorm.weight",),
+            f"{module}.join.hidden_norm.gain": (f"{module}.hnorm.weight",),
+            f"{module}.join.embedding.weight": (f"{module}.e_proj.weight",),
+            f"{module}.join.hidden.weight": (f"{module}.h_proj.weight",),
+            f"{module}.norm.gain": (f"{module}.norm.weight",),
+        }
+        for coefficient, theirs in COEFFICIENTS.items():
+            found[f"{module}.ends.coefficients.{coefficient}"] = (f"{module}.hc_head_{theirs}",)
     return found
 
 

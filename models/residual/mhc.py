@@ -119,7 +119,7 @@ class Ends(contract.Ends):
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.streams = config, config.streams
         self.coefficients = Coefficients(config, width, (_mean(config.streams),))
 
     def enter(self, embedded: Tensor) -> Tensor:

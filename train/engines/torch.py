@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
+from models.ahead import Ahead
 from models.cores import approximate
 from models.cores.merge import Core
 from models.linear import full_precision
@@ -34,7 +35,8 @@ class Step(NamedTuple):
 
     extra: auxiliary losses. grad_norm: before clipping. loads: by layer with experts, [E] token copies by expert.
     lessons: [layers that are taught to choose, 2], divergence from the attention they imitate and share of its mass
-    that the chosen hold, means over queries, or None.
+    that the chosen hold, means over queries, or None. mtp_loss: of multi-token prediction, cross-entropy by depth, nats
+    per token scored there, or None.
     """
 
     loss: Tensor
@@ -42,6 +44,7 @@ class Step(NamedTuple):
     grad_norm: Tensor
     loads: dict[int, Tensor]
     lessons: Tensor | None
+    mtp_loss: Tensor | None
 
 
 class Evaluation(NamedTuple):
@@ -71,10 +74,10 @@ class Engine:
         model.to(self.wide)
         core = importlib.import_module(f"models.cores.{train.core}")
         self.prepare = getattr(core, "prepare", None)
-        self.slots = [slot for attention in model.attentions() for slot in attention.slots()]
+        self.slots = [slot for attention in model.trained_attentions() for slot in attention.slots()]
         self.leads = sorted({slot.lead for slot in self.slots if slot.kind == "entry"})
         self.core: Core = core.core
-        for attention in model.attentions():
+        for attention in model.trained_attentions():
             attention.core = self.core
         self.model = apply(
             model,
@@ -85,19 +88,21 @@ class Engine:
             seed=train.seed,
         )
         self.approximated = approximate.cores(train.approximate, self.model.attentions())
-        selectors = [part for attention in self.model.attentions() for part in attention.selector()]
+        selectors = [part for attention in self.model.trained_attentions() for part in attention.selector()]
         self.selector = [parameter for part in selectors for parameter in part.parameters()]
         mine = set(self.selector)
         self.trunk = [parameter for parameter in self.model.parameters() if parameter not in mine]
         self.mode: Mode = "sparse"
+        self.mtp_weight = train.first_mtp_weight
         settings = optimizer.read(config.optimizer)
         self.optimizer = settings.build(self.model, self.model.parametrization())
         self.before_update: Callable[[], None] = lambda: None
 
     def set_mode(self, mode: Mode) -> None:
-        """Between phases. In a warm-up what chooses is trained alone: nothing else changes, router biases neither."""
+        """Between phases, as `mtp_weight`, the factor on multi-token prediction's loss. In a warm-up what chooses is
+        trained alone: nothing else changes, router biases neither."""
         self.mode = mode
-        for attention in self.model.attentions():
+        for attention in self.model.trained_attentions():
             attention.mode = mode
         if not isinstance(self.model, FSDPModule):  # which settles at first use what wants a gradient: `step` drops it
             for parameter in self.trunk:
@@ -119,19 +124,27 @@ class Engine:
         # filled on the device: copying them from the host would wait for the step before
         own = [int(local_readers(batch.position, batch.document, lead)) for lead in self.leads]
         mine = (batch.count(), batch.ids.numel(), batch.ids.shape[0], *own)
-        counts = total(torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine]), self.mesh)
+        known_here = torch.stack([torch.full((), n, dtype=self.wide, device=device) for n in mine])
+        batch, depth = batch.to(device, non_blocking=True), self.model.mtp_depth
+        further = (batch.targets[1 : 1 + depth] >= 0).flatten(1).sum(1)
+        counts = total(torch.cat((known_here, further.to(self.wide))), self.mesh)
         scored, known = counts[0].clamp_min(1), {"tokens": counts[1], "sequences": counts[2]}
-        readers = dict(zip(self.leads, counts[3:].clamp_min(1), strict=True))
-        sums = torch.zeros(2, dtype=self.wide, device=device)
+        readers = dict(zip(self.leads, counts[3 : 3 + len(own)].clamp_min(1), strict=True))
+        scored_ahead = counts[3 + len(own) :].clamp_min(1)
+        sums = torch.zeros(2 + depth, dtype=self.wide, device=device)
         loads: dict[int, Tensor] = {}
         lessons: dict[int, Tensor] = {}
-        micro_batches = list(_micro_batches(batch.to(device, non_blocking=True), self.config.train.micro_batch))
+        micro_batches = list(_micro_batches(batch, self.config.train.micro_batch))
         for i, micro in enumerate(micro_batches):
             defer_replicas(self.model, i < len(micro_batches) - 1)
-            losses = self.model(micro.ids, self._sequence(micro, known, readers), micro.targets[0])
+            ahead = Ahead(micro.ahead[:depth], micro.targets[1 : 1 + depth]) if depth else None
+            losses = self.model(micro.ids, self._sequence(micro, known, readers), micro.targets[0], ahead=ahead)
             assert isinstance(losses, Losses)
-            (losses.cross_entropy / scored + losses.extra).backward()
-            sums += torch.stack((losses.cross_entropy.detach(), losses.extra.detach()))
+            objective = losses.cross_entropy / scored + losses.extra
+            if depth:
+                objective = objective + self.mtp_weight * (torch.stack(losses.ahead) / scored_ahead).mean()
+            objective.backward()
+            sums += torch.stack([loss.detach() for loss in (losses.cross_entropy, losses.extra, *losses.ahead)])
             for layer, report in enumerate(losses.reports):
                 if "load" in report:
                     loads[layer] = loads[layer] + report["load"] if layer in loads else report["load"]
@@ -155,9 +168,10 @@ class Engine:
         total(sums, self.mesh)
         loads = self._total_loads(loads)
         if self.mode != "warmup":
-            self.model.update_router_biases([loads.get(layer) for layer in range(len(self.model.blocks))])
+            self.model.update_router_biases([loads.get(n) for n in range(len(self.model.trained_blocks()))])
         clock.mark("optimizer")
-        return Step(sums[0] / scored, sums[1], norm, loads, self._means(lessons))
+        mtp_loss = sums[2:] / scored_ahead if depth else None
+        return Step(sums[0] / scored, sums[1], norm, loads, self._means(lessons), mtp_loss)
 
     def _clip(self) -> Tensor:
         """What chooses apart from all else: it learns from another loss, of another size. Returns the joint norm."""
@@ -254,6 +268,7 @@ def _micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
         yield Batch(
             batch.ids[part],
             batch.targets[:, part],
+            batch.ahead[:, part],
             batch.position[part],
             batch.document[part],
             -1,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import Refused
-from models.config import Layer, ModelConfig
-from models.families.common import names, plan, rope
+from models.config import Layer, ModelConfig, resolve_mtp
+from models.families.common import mtp, names, plan, rope
 
 FIXED = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
@@ -47,15 +47,15 @@ class Published:
     rope_theta: float = 10_000.0
     rope_interleave: bool = True
     attention_bias: bool = False
-    # derived by Transformers from the others, or about modules that it does not run
+    num_nextn_predict_layers: int = 0
+    # derived by Transformers from the others
     head_dim: int | None = None
     qk_head_dim: int | None = None
-    num_nextn_predict_layers: int = 0
 
     def is_dense(self, depth: int) -> bool:
         if self.mlp_layer_types is None:
             return depth < self.first_k_dense_replace
-        return self.mlp_layer_types[depth] == "dense"
+        return depth < len(self.mlp_layer_types) and self.mlp_layer_types[depth] == "dense"
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads not in (None, self.num_attention_heads):
@@ -104,12 +104,15 @@ def config_from(p: Published, **attention_of_its_own: Any) -> ModelConfig:
             "kept_groups": p.topk_group,
         },
     }
-    layers = [
+    # multi-token prediction's layer is the one after the last
+    *layers, further = [
         {"attention": attention, "feedforward": dense if p.is_dense(depth) else moe}
-        for depth in range(p.num_hidden_layers)
+        for depth in range(p.num_hidden_layers + 1)
     ]
+    count = p.num_nextn_predict_layers
     return plan.config(
         layers,
+        mtp={"scheme": "concat", "depth": count, "layer": further} if count else None,
         vocab=p.vocab_size,
         width=p.hidden_size,
         norm_eps=p.rms_norm_eps,
@@ -143,11 +146,13 @@ def config_to(
         "attention_bias": a.bias,
         "rope_parameters": rope.rope_to(a.rope, a.scale_multiplier),
         "first_k_dense_replace": num_dense,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": mtp.modules(config),
         **rope.positions_to(a.rope),
         **own,
     }
-    for layer, has_experts in zip(depths, routed, strict=True):
+    further = resolve_mtp(config)
+    every = depths if further is None else [*depths, further[1]]
+    for layer, has_experts in zip(every, plan.routed(every), strict=True):
         hf |= _experts_to(layer.feedforward) if has_experts else {"intermediate_size": layer.feedforward.hidden}
     return plan.verified(config, hf, reading)
 
@@ -173,8 +178,9 @@ def _experts_to(moe: Any) -> dict[str, Any]:
     }
 
 
-def tensor_names(query_latent: bool, more: Mapping[str, str]) -> names.Names:
-    """Our tensors' names to Transformers'. query_latent: whether queries have a bottleneck. more: of the attention."""
+def tensor_names(config: ModelConfig, depths: list[Layer], more: Mapping[str, str]) -> names.Names:
+    """Our tensors' names to Transformers'. more: of the attention."""
+    query_latent = depths[0].attention.query_latent is not None
     attention = {
         "query_down.weight": "q_a_proj.weight",
         "query_down.bias": "q_a_proj.bias",
@@ -194,10 +200,11 @@ def tensor_names(query_latent: bool, more: Mapping[str, str]) -> names.Names:
         "shared.up.weight": "shared_experts.up_proj.weight",
         "shared.down.weight": "shared_experts.down_proj.weight",
     }
-    return {
+    rows = {
         **names.OUTER,
         **names.DENSE,
         **names.EXPERTS,
         **names.prefixed("attention.attention", "self_attn", attention),
         **names.prefixed("feedforward.feedforward", "mlp", experts),
     }
+    return mtp.with_further_layers(rows, config, len(depths))

@@ -4,7 +4,8 @@ A table has one row for each kind of tensor of ours, `{layer}` standing for the 
 spellings, the one that is written first. Transformers keeps a layer's experts in one tensor in memory and one by one
 on disk: a spelling that is itself a tuple means one matrix an expert, `{expert}`, the rows of its names one below the
 other; one that is `Flat`, that a stack's matrices lie one below the other in one. A `Share` is a depth's part of one
-tensor for all depths. TRAINING_ALONE is a tensor that they do not hold, which starts at zero.
+tensor for all depths, or one of several that lie fused in one. A `Copy` is the same tensor once more. TRAINING_ALONE is
+a tensor that they do not hold, which starts at zero.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from conf.schema import Refused
 
 @dataclass(frozen=True)
 class Share:
-    """Of a tensor that holds the parts of all depths, one after another along `dim`, the part of depth `layer`."""
+    """Of a tensor that holds parts of one size, one after another along `dim`, the part of that number, or where it is
+    None, of the depth. transposed: theirs is, and `dim` is of ours."""
 
     name: str
     dim: int
-    layer: int = 0
+    part: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,14 @@ class Flat:
     name: str
 
 
-Spelling = str | tuple[str, ...] | Share | Flat
+@dataclass(frozen=True)
+class Copy:
+    """Under another name too: written there, and where it is read, equal to what the others hold."""
+
+    name: str
+
+
+Spelling = str | tuple[str, ...] | Share | Flat | Copy
 Names = Mapping[str, tuple[Spelling, ...]]
 
 TRAINING_ALONE: Spelling = ()
@@ -83,11 +93,13 @@ class Ours(Mapping[str, Tensor]):
     def _read(self, spelling: Spelling, shape: torch.Size) -> Tensor:
         if spelling == TRAINING_ALONE:
             return torch.zeros(shape)
+        assert not isinstance(spelling, Copy)
         if isinstance(spelling, str):
             return self._theirs[spelling]
         if isinstance(spelling, Share):
             size = shape[spelling.dim]
-            return self._whole(spelling, size).narrow(spelling.dim, spelling.layer * size, size)
+            assert spelling.part is not None
+            return self._whole(spelling, size).narrow(spelling.dim, spelling.part * size, size)
         if isinstance(spelling, Flat):
             flat = self._theirs[spelling.name]
             return flat.view(shape) if flat.shape == (shape[0] * shape[1], *shape[2:]) else flat
@@ -100,22 +112,25 @@ class Ours(Mapping[str, Tensor]):
             ) from None
 
     def _whole(self, share: Share, size: int) -> Tensor:
-        """The tensor of all depths, read once. Raises Refused where it has not one part for each."""
+        """The tensor of all parts, read once. Raises Refused where it is not made of them."""
         if share.name not in self._shared:
             self._shared[share.name] = self._theirs[share.name]
         whole = self._shared[share.name]
-        depths = _depths(share.name, self._sources.values())
-        if whole.shape[share.dim] != depths * size:
+        turned = whole.T if share.transposed else whole
+        parts = _parts(share.name, self._sources.values())
+        if turned.shape[share.dim : share.dim + 1] != (parts * size,):
             raise Refused(
-                f"{self._where} holds {share.name} of shape {list(whole.shape)}, but its configuration means {depths} "
+                f"{self._where} holds {share.name} of shape {list(whole.shape)}, but its configuration means {parts} "
                 f"parts of {size}; the two do not belong together."
             )
-        return whole
+        return turned
 
     def _refuse_unread(self, names: Names) -> None:
         read = {name for ours, spelling in self._sources.items() for name in _expanded(spelling, self._shapes[ours])}
         ignored = [re.compile(pattern) for pattern in names.get(IGNORED, ()) if isinstance(pattern, str)]
         unread = [name for name in self._theirs if name not in read and not any(p.fullmatch(name) for p in ignored)]
+        copies = self._copies(names)
+        unread = [name for name in unread if name not in copies]
         if _HEAD not in self._shapes:
             unread = [name for name in unread if not (name in names[_HEAD] and self._is_embedding(name))]
         # Transformers writes matrices without numbers for a feed-forward of width 0
@@ -125,6 +140,20 @@ class Ours(Mapping[str, Tensor]):
             raise Refused(
                 f"{self._where} holds {unread[0]}{more}, which nothing in a model of this configuration reads."
             )
+
+    def _copies(self, names: Names) -> set[str]:
+        """Those of theirs that are one of ours once more. Raises Refused for one that differs."""
+        found = set()
+        for name in self._shapes:
+            for copy in _copies(name, names):
+                if copy in self._theirs:
+                    if not torch.equal(self._theirs[copy], self[name]):
+                        raise Refused(
+                            f"{self._where} holds {copy}, which differs from {_text(self._sources[name])}, but here "
+                            "the two are one."
+                        )
+                    found.add(copy)
+        return found
 
     def _is_embedding(self, name: str) -> bool:
         """A tied head may be stored once more."""
@@ -139,14 +168,19 @@ def to_theirs(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, T
         if spelling == TRAINING_ALONE:
             continue
         tensor = ours[name]
+        for copy in _copies(name, names):
+            yield copy, tensor
+        assert not isinstance(spelling, Copy)
         if isinstance(spelling, str):
             yield spelling, tensor
             continue
         if isinstance(spelling, Share):
             held = parts.setdefault(spelling.name, {})
-            held[spelling.layer] = tensor
-            if len(held) == _depths(spelling.name, written.values()):
-                yield spelling.name, torch.cat([held[layer] for layer in sorted(held)], spelling.dim)
+            assert spelling.part is not None
+            held[spelling.part] = tensor
+            if len(held) == _parts(spelling.name, written.values()):
+                whole = torch.cat([held[part] for part in sorted(held)], spelling.dim)
+                yield spelling.name, whole.T if spelling.transposed else whole
                 del parts[spelling.name]
             continue
         if isinstance(spelling, Flat):
@@ -161,21 +195,46 @@ def _spellings(name: str, names: Names) -> list[Spelling]:
     found = _OURS_LAYER.search(name)
     layer = found.group() if found else ""
     row = names[_OURS_LAYER.sub("{layer}", name)]
-
-    def at_layer(spelling: Spelling) -> Spelling:
-        if isinstance(spelling, str):
-            return spelling.replace("{layer}", layer)
-        if isinstance(spelling, Share):
-            return replace(spelling, layer=int(layer))
-        if isinstance(spelling, Flat):
-            return Flat(spelling.name.replace("{layer}", layer))
-        return tuple(text.replace("{layer}", layer) for text in spelling)
-
-    return [at_layer(spelling) for spelling in row]
+    return [at_layer(spelling, layer) for spelling in row if not isinstance(spelling, Copy)]
 
 
-def _depths(name: str, spellings: Iterable[Spelling]) -> int:
-    """How many depths share the tensor of that name."""
+def _copies(name: str, names: Names) -> list[str]:
+    row = names.get(_OURS_LAYER.sub("{layer}", name), ())
+    return [spelling.name for spelling in row if isinstance(spelling, Copy)]
+
+
+def at_layer(spelling: Spelling, layer: str) -> Spelling:
+    """With `{layer}` filled in."""
+    if isinstance(spelling, Share):
+        part = int(layer) if spelling.part is None else spelling.part
+        spelling = replace(spelling, part=part)
+    return renamed(spelling, "{layer}", layer)
+
+
+def renamed(spelling: Spelling, old: str, new: str) -> Spelling:
+    """With `new` for `old` in each name."""
+    if isinstance(spelling, str):
+        return spelling.replace(old, new)
+    if isinstance(spelling, tuple):
+        return tuple(text.replace(old, new) for text in spelling)
+    return replace(spelling, name=spelling.name.replace(old, new))
+
+
+def first_name(spelling: Spelling) -> str:
+    """Of theirs, the name that it begins with."""
+    if isinstance(spelling, str):
+        return spelling
+    return spelling[0] if isinstance(spelling, tuple) else spelling.name
+
+
+def holds_any(theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Names) -> bool:
+    """Whether any of the tensors of ours that `shapes` names is there."""
+    spelled = ((spelling, shape) for name, shape in shapes.items() for spelling in _spellings(name, names))
+    return any(part in theirs for spelling, shape in spelled for part in _expanded(spelling, shape))
+
+
+def _parts(name: str, spellings: Iterable[Spelling]) -> int:
+    """How many share the tensor of that name."""
     return sum(isinstance(spelling, Share) and spelling.name == name for spelling in spellings)
 
 
@@ -191,13 +250,13 @@ def _present(name: str, shape: torch.Size, theirs: Mapping[str, Tensor], names: 
 def _expanded(spelling: Spelling, shape: torch.Size) -> list[str]:
     if isinstance(spelling, str):
         return [spelling]
-    if isinstance(spelling, Share | Flat):
+    if isinstance(spelling, Share | Flat | Copy):
         return [spelling.name]
     return [part.format(expert=expert) for expert in range(shape[0]) for part in spelling]
 
 
 def _text(spelling: Spelling) -> str:
-    if isinstance(spelling, Share | Flat):
+    if isinstance(spelling, Share | Flat | Copy):
         return spelling.name
     return spelling if isinstance(spelling, str) else " and ".join(spelling)
 

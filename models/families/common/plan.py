@@ -11,7 +11,7 @@ from typing import Any
 from conf import schema
 from conf.schema import Refused
 from models import mechanism
-from models.config import Layer, ModelConfig, resolve
+from models.config import Layer, ModelConfig, resolve, resolve_mtp
 
 UNPUBLISHED = frozenset({"balance_loss", "z_loss", "bias_rate", "kl_loss", "keeps"})
 """Keys that change no logit, and that no config.json holds: losses of training, and what of its state is cached."""
@@ -59,9 +59,19 @@ def difference(model: ModelConfig, other: ModelConfig) -> str:
 
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
-    plain = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "layers"}
+    own = ("layers", "mtp")
+    plain = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name not in own}
     residual = mechanism.config_of("residual", model.residual, "model.residual")
-    return {**plain, "residual": residual, "layer": dict(enumerate(resolve(model)))}
+    return {**plain, "residual": residual, "layer": dict(enumerate(resolve(model))), "mtp": _mtp(model)}
+
+
+def _mtp(model: ModelConfig) -> dict[str, Any] | None:
+    """What a checkpoint shows of it: how many modules, and not how often training applies each."""
+    found = resolve_mtp(model)
+    if found is None or model.mtp is None:
+        return None
+    scheme, layer = found
+    return {"scheme": model.mtp["scheme"], "modules": scheme.modules, "layer": layer}
 
 
 def _difference(mine: Any, other: Any, path: str) -> str:
@@ -81,4 +91,6 @@ def _difference(mine: Any, other: Any, path: str) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "set"
     return type(value).__name__ if dataclasses.is_dataclass(value) else str(value)

@@ -74,5 +74,4 @@ def config_to(
 
 def tensor_names(config: ModelConfig) -> names.Names:
     """Our tensors' names to Transformers'."""
-    plan.layers(config, SCHEMES)
-    return deepseek.tensor_names(True, INDEXER)
+    return deepseek.tensor_names(config, plan.layers(config, SCHEMES), INDEXER)

@@ -1,0 +1,1 @@
+"""The menu of multi-token prediction: `scheme: x` means the file `x.py` of this folder."""
