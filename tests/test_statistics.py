@@ -62,7 +62,8 @@ def test_numbers_are_what_they_say(expected: Any) -> None:
     assert all(0 < values["rms"] <= values["max"] for values in line["parameters"].values())
     assert list(line["activations"]) == ["0", "1"]
     assert all(0 < values["rms"] < values["max"] for values in line["activations"].values())
-    assert [sum(loads) for loads in line["experts"].values()] == [ROWS * 12 * 2] * 2
+    of_each = [ROWS * 12 * 2] * 3  # two layers, and multi-token prediction's one
+    assert [sum(loads) for loads in line["experts"].values()] == of_each
 
 
 @pytest.mark.parametrize(
