@@ -20,14 +20,13 @@ import numpy as np
 from conf.schema import Refused
 from data.source import Facts, Window, random_bits
 
-BLANK = 0
-
 
 @dataclass(frozen=True)
 class Config:
     """num_pairs, num_queries: a window holds; a key is queried at most once.
 
     num_keys, num_values: distinct keys and values; ids are one blank, the keys, then the values.
+    first_id:  that of the blank; beside text, the first that means nothing there.
     power:     how queries gather near the pairs; 1 spreads them evenly.
     null_task: answers that cannot be known.
     split:     the two never share their draws.
@@ -38,6 +37,7 @@ class Config:
     num_keys: int = 64
     num_values: int = 64
     power: float = 0.01
+    first_id: int = 0
     null_task: bool = False
     split: Literal["train", "valid"] = "train"
 
@@ -51,6 +51,8 @@ class Config:
             raise ValueError(f"num_values is {self.num_values}, but an answer needs at least 2 to choose from.")
         if not self.power > 0:
             raise ValueError(f"power is {self.power}, but it must be above 0.")
+        if self.first_id < 0:
+            raise ValueError(f"first_id is {self.first_id}, but ids begin at 0.")
 
     def open(self) -> Recall:
         return Recall(self)
@@ -62,7 +64,7 @@ class Recall:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.fingerprint = hashlib.blake2b(repr(config).encode(), digest_size=16).hexdigest()
-        self.vocab = 1 + config.num_keys + config.num_values
+        self.vocab = config.first_id + 1 + config.num_keys + config.num_values
         self.num_tokens: int | None = None
         self.tokenizer: str | None = None
         self.bytes_per_token: float | None = None
@@ -98,11 +100,12 @@ class Recall:
         arrivals = -np.log((for_slots.astype(np.float64) + 1) / 2.0**64) / weights
         queries_at = 2 * (c.num_pairs + np.argsort(arrivals, kind="stable")[: c.num_queries])
 
-        tokens = np.full(sequence_length + lookahead, BLANK, dtype=np.int64)
-        first_value = 1 + c.num_keys
-        tokens[0 : 2 * c.num_pairs : 2] = 1 + keys
+        tokens = np.full(sequence_length + lookahead, c.first_id, dtype=np.int64)
+        first_key = c.first_id + 1
+        first_value = first_key + c.num_keys
+        tokens[0 : 2 * c.num_pairs : 2] = first_key + keys
         tokens[1 : 2 * c.num_pairs : 2] = first_value + values
-        tokens[queries_at] = 1 + keys[queried]
+        tokens[queries_at] = first_key + keys[queried]
         tokens[queries_at + 1] = first_value + answers
         scored = np.zeros(len(tokens), dtype=np.bool_)
         scored[queries_at + 1] = True

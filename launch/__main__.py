@@ -17,6 +17,7 @@ COMMANDS = {
     "report": ("launch.report.command", "compare runs: tables, plots and one page"),
     "submit": ("launch.slurm.submit", "check a run, freeze it into its directory, and hand it to SLURM"),
     "status": ("launch.slurm.status", "what runs, what waits and for what, what ended and why"),
+    "study": ("launch.study.command", "train every arm of a study with every seed, and say what differs beyond noise"),
     "speed": ("launch.speed", "how fast this machine trains a configuration, without data and checkpoints"),
 }
 

@@ -10,7 +10,7 @@ from launch.report.plots.canvas import Plot
 from launch.report.quantities import QUANTITIES
 
 
-def missing(comparison: Comparison, left_out: Sequence[Plot]) -> list[str]:
+def missing(comparison: Comparison, left_out: Sequence[Plot[Comparison]]) -> list[str]:
     """A sentence for the numbers that lack for one reason, and one for all plots that are left out."""
     lacking: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for quantity in QUANTITIES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from launch.report.compare import Spread
 
@@ -34,3 +35,12 @@ def spread(value: Spread | None, kind: str) -> str:
     if value is None:
         return UNKNOWN
     return shown(value.mean, kind) + (f" ± {shown(value.sd, kind)}" if value.sd else "")
+
+
+def finite(value: Any) -> Any:
+    """For strict JSON: a number that is not finite is null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,7 @@ from launch.report.heldout import corpora, tasks
 from launch.report.quantities import QUANTITIES, Quantity
 from launch.report.record import Record
 from launch.report.show import UNKNOWN, compact, shown, spread
+from models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,8 @@ def command(record: Record) -> str:
     return shlex.join([*start, *typed[1:]]) + (f"   # each of {ranks} ranks" if ranks > 1 else "")
 
 
-def layers(record: Record) -> dict[str, str]:
+def layers(model: ModelConfig) -> dict[str, str]:
     """What the layers are made of: `{"attention": "mla × 4", …}`."""
-    model = record.config.model
     plans = [(plan, stack.repeat) for stack in model.layers for plan in stack.of]
     counted: dict[str, Counter[str]] = {"attention": Counter(), "feed-forward": Counter()}
     for plan, repeat in plans:
@@ -151,12 +151,20 @@ def plain(table: Table) -> str:
     )
 
 
+def markdown(table: Table) -> str:
+    """With what is to be typed in code."""
+    literal = [head in table.literal for head in table.head]
+    body = [[f"`{cell}`" if typed else cell for cell, typed in zip(row, literal, strict=True)] for row in table.body]
+    lines = [table.head, ["---"] * len(table.head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def _arm(arm: Arm) -> list[str]:
     first = arm.records[0]
     total, active = arm.quantities["parameters_total"], arm.quantities["parameters_active"]
     seen = dict.fromkeys(f"{compact(record.tokens)} in {record.last_step:,} steps" for record in arm.records)
     return [
-        ", ".join(f"{part} {made}" for part, made in layers(first).items()),
+        ", ".join(f"{part} {made}" for part, made in layers(first.config.model).items()),
         f"{spread(total, 'compact')}, {spread(active, 'compact')} of them active",
         "; ".join(seen),
         ", ".join(str(seed) for seed in arm.seeds),

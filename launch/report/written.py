@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +10,8 @@ from launch.report.compare import Arm
 from launch.report.content import Content
 from launch.report.heldout import held_out
 from launch.report.quantities import QUANTITIES
-from launch.report.tables import Table, command, layers
+from launch.report.show import finite
+from launch.report.tables import command, layers, markdown
 
 
 def as_json(content: Content) -> str:
@@ -25,16 +25,16 @@ def as_json(content: Content) -> str:
         "differences": comparison.differences,
         "quantities": {q.key: {"heading": q.heading, "unit": q.unit, "meaning": q.meaning} for q in QUANTITIES},
     }
-    return json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(values), indent=1, allow_nan=False) + "\n"
 
 
 def as_markdown(content: Content) -> str:
     """The plots are referred to by the names of their files."""
     numbers, *others = content.tables
-    parts = ["# Comparison", _list(content.comparison.notes), _table(numbers)]
+    parts = ["# Comparison", _list(content.comparison.notes), markdown(numbers)]
     for picture in content.pictures:
         parts.append(f"![{picture.alt}]({picture.plot.file})\n\n{picture.plot.title}. {picture.plot.caption}")
-    parts += [f"## {table.title}\n\n{_table(table)}" for table in others]
+    parts += [f"## {table.title}\n\n{markdown(table)}" for table in others]
     if content.missing:
         parts.append(f"## What is missing, and why\n\n{_list(content.missing)}")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -56,23 +56,8 @@ def _arm(arm: Arm) -> dict[str, Any]:
         for record in arm.records
     ]
     sources = {name: asdict(source) for name, source in held_out(arm).items()}
-    return {"name": arm.name, "layers": layers(arm.records[0]), "runs": runs, **values, "sources": sources}
+    return {"name": arm.name, "layers": layers(arm.records[0].config.model), "runs": runs, **values, "sources": sources}
 
 
 def _list(sentences: list[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-def _table(table: Table) -> str:
-    literal = [head in table.literal for head in table.head]
-    body = [[f"`{cell}`" if typed else cell for cell, typed in zip(row, literal, strict=True)] for row in table.body]
-    lines = [table.head, ["---"] * len(table.head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

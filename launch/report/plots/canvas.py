@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import matplotlib
 import numpy as np
@@ -26,6 +26,8 @@ WIDTH, HEIGHT, DPI = 5.0, 3.4, 200
 """Inches: small, so that the text can still be read at the width of a phone."""
 
 SMALL = 8.5  # points
+
+T = TypeVar("T")
 
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot")
@@ -76,8 +78,9 @@ DARK = Ink("#15181c", "#e6e6e6", "#a0a0a0",
 
 
 @dataclass(frozen=True)
-class Plot:
-    """file: of the PNG. needs: what a run must hold for it, which no run does where the plot is left out.
+class Plot(Generic[T]):
+    """Of a T, such as a comparison. file: of the PNG. needs: what a run must hold for it, which no run does where the
+    plot is left out.
 
     paint: draws into the figure and returns what is seen there in words; None where no run has the numbers.
     """
@@ -86,27 +89,27 @@ class Plot:
     title: str
     caption: str
     needs: str
-    paint: Callable[[Comparison, Figure, Ink], str | None]
+    paint: Callable[[T, Figure, Ink], str | None]
 
 
 @dataclass(frozen=True)
 class Picture:
     """A plot as PNG on light and on dark paper. alt: what is seen, in words."""
 
-    plot: Plot
+    plot: Plot[Any]
     alt: str
     light: bytes
     dark: bytes
 
 
-def draw(plot: Plot, comparison: Comparison) -> Picture | None:
+def draw(plot: Plot[T], subject: T) -> Picture | None:
     """None where no run has what the plot needs."""
     images = []
     alt: str | None = None
     for ink in (LIGHT, DARK):
         with matplotlib.rc_context(ink.style):
             figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
-            alt = plot.paint(comparison, figure, ink)
+            alt = plot.paint(subject, figure, ink)
             if alt is None:
                 return None
             figure.suptitle(plot.title, x=0.01, ha="left", fontsize=11, fontweight="bold")

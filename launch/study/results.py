@@ -1,0 +1,163 @@
+"""What a study has measured, in one JSON file that needs no run directory: `study.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.schema import Refused, build
+from launch.report import heldout
+from launch.report.quantities import QUANTITIES
+from launch.report.record import Record
+from launch.report.show import finite
+from launch.report.tables import layers
+from launch.study.config import Study
+from launch.study.matching import Matched
+from models import cost
+from models.cache import Cache
+from models.model import Model
+from train import config as run_config
+from train.rundir import write_whole
+
+NAME = "study.json"
+POINTS = 50
+"""Of a run's loss curve."""
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes in bf16 of one sequence of `context` tokens, all told, and by which it grows with a token. declared: by the
+    schemes; measured: of the tensors that are allocated."""
+
+    context: int
+    declared: float
+    measured: float
+    growth: float
+
+
+@dataclass(frozen=True)
+class Arm:
+    """arguments: of its runs, without seed and directory. width: solved for. off: parameters more than the anchor's."""
+
+    arguments: list[str]
+    width: int
+    total: int
+    active: int
+    looked_up: int
+    unit: int
+    off: int
+    cache: CacheSize
+    layers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that came to its end. sources: of the last validation, by name: loss, accuracy, bpb, facts.
+    curve: steps and their training losses, each the mean since the one before."""
+
+    arm: str
+    seed: int
+    steps: int
+    tokens: int
+    seconds: float | None
+    tokens_per_second: float | None
+    sources: dict[str, dict[str, Any]]
+    curve: list[list[float]]
+    machine: str
+    torch: str
+
+
+@dataclass
+class Results:
+    """failed: by the run's name, what it said last."""
+
+    study: Study
+    common: list[str]
+    arms: dict[str, Arm]
+    runs: list[Run] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def has(self, arm: str, seed: int) -> bool:
+        return any(run.arm == arm and run.seed == seed for run in self.runs)
+
+    def by_seed(self, arm: str) -> dict[int, Run]:
+        """The arm's runs."""
+        return {run.seed: run for run in self.runs if run.arm == arm}
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / NAME, json.dumps(finite(asdict(self)), indent=1, allow_nan=False) + "\n")
+
+
+def load(file: Path) -> Results:
+    """Raises Refused."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or "it is no JSON"
+        raise Refused(f"{file} cannot be read ({reason}); name the {NAME} that a study wrote.") from None
+    return build(Results, values, str(file))
+
+
+def go_on(directory: Path, results: Results) -> None:
+    """Take over what an earlier start has measured. Raises Refused where an arm is not what it was."""
+    if not (directory / NAME).exists():
+        return
+    earlier = load(directory / NAME)
+    for run in earlier.runs:
+        if run.arm not in results.arms:
+            continue
+        old, new = earlier.arms[run.arm].arguments, results.arms[run.arm].arguments
+        if old != new:
+            changed = sorted(set(old) ^ set(new))[0]
+            raise Refused(
+                f"{directory / NAME} has results of {run.arm} with other settings ({changed}); choose another out=, or "
+                "take them back."
+            )
+        results.runs.append(run)
+
+
+def arm_of(matched: Matched, arguments: list[str], context: int, values: Mapping[str, Any]) -> Arm:
+    """values: the resolved configuration of the arm."""
+    config = run_config.read(values).model
+    with torch.device("meta"):
+        model = Model(config, torch.bfloat16)
+    assert cost.parameters(model) == matched.parameters
+    measured = sum(Cache(model, 1, context, "meta").num_bytes().values())
+    cache = CacheSize(context, cost.kv_bytes(model, context)["total"], measured, cost.kv_bytes_per_token(model))
+    sizes = matched.parameters
+    return Arm(
+        arguments, matched.width, sizes.total, sizes.active, sizes.looked_up, matched.unit, matched.off, cache,
+        layers(config),
+    )  # fmt: skip
+
+
+def run_of(arm: str, seed: int, record: Record) -> Run:
+    """Of a run directory."""
+    quantity = {q.key: q.of for q in QUANTITIES}
+    environment = record.environment
+    return Run(
+        arm=arm,
+        seed=seed,
+        steps=record.last_step,
+        tokens=record.tokens,
+        seconds=quantity["seconds"](record),
+        tokens_per_second=quantity["tokens_per_second"](record),
+        sources={name: asdict(source) for name, source in heldout.last(record).items()},
+        curve=_curve(record),
+        machine=str(environment.get("layout", {}).get("device") or environment.get("machine", "")),
+        torch=str(environment.get("packages", {}).get("torch", "")),
+    )
+
+
+def _curve(record: Record) -> list[list[float]]:
+    losses = [line["loss"] for line in record.steps]
+    edges = [round(i * len(losses) / POINTS) for i in range(POINTS + 1)]
+    parts = [(stop, losses[start:stop]) for start, stop in pairwise(edges) if stop > start]
+    return [[stop, sum(part) / len(part)] for stop, part in parts]

@@ -1,0 +1,236 @@
+"""A study: arms of one size, differences with their noise, runs that go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import Refused, build
+from launch.study import command, config, results
+from launch.study.config import Interaction, Study, typed
+from launch.study.contrasts import Difference, interaction, paired, pairs_asked, recall, text_loss
+from launch.study.matching import match, multiplied
+from launch.study.queue import Job, Queue
+from launch.study.results import Arm, CacheSize, Results, Run
+from launch.study.tables import document
+
+TOY = """
+experiment: recall
+knob: moe.shared_hidden
+anchor: mha
+baseline: mha
+seeds: 2
+context: 64
+arms:
+  mha: {attention.kv_heads: 2, moe.shared_hidden: 24}
+  mqa: {attention.kv_heads: 1}
+curves: {fewer KV heads: [mqa]}
+"""
+SMALL = (
+    "model.width=16", "attention.head_dim=8", "moe.hidden=8", "moe.experts=4", "train.steps=6", "train.micro_batch=4",
+    "train.batch_tokens=256", "checkpoint.every=2", "evaluate.samples=4", "run.threads=1", "run.device=cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    file = tmp_path / "toy.yaml"
+    file.write_text(TOY)
+    return file
+
+
+def test_the_shipped_arms_have_the_anchors_parameters() -> None:
+    study = config.load("cpu")
+    arms = match(study, ())
+    anchor = arms[study.anchor]
+    assert anchor.off == 0 and anchor.width == study.arms[study.anchor][study.knob]
+    for name, arm in arms.items():
+        assert arm.parameters.active - anchor.parameters.active == arm.off, name
+        assert multiplied(arm.parameters) - multiplied(anchor.parameters) == arm.off, name
+        assert 2 * abs(arm.off) <= arm.unit, name
+        assert arm.settings[study.knob] == arm.width, name
+
+
+def test_an_arms_cache_is_weighed(toy: Path) -> None:
+    known, jobs = command._prepare(config.load(str(toy)), toy.parent / "out", SMALL)
+    assert known.arms["mha"].cache == CacheSize(64, 64 * 128.0, 64 * 128.0, 128.0)  # 2 layers × 2 × 2 heads × 8 × 2 B
+    assert known.arms["mqa"].cache.growth == 64.0
+    assert [job.name for job in jobs] == ["mha, seed 0", "mqa, seed 0", "mha, seed 1", "mqa, seed 1"]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        pytest.param({"baseline": "mla"}, "baseline is 'mla'", id="an unknown baseline"),
+        pytest.param({"curves": {"x": ["mka"]}}, "did you mean 'mqa'", id="an unknown arm in a curve"),
+        pytest.param({"seeds": 0}, "must be at least 1", id="no seed"),
+        pytest.param({"knob": "moe.hidden"}, "has to set moe.hidden", id="an anchor without the knob"),
+        pytest.param({"arms": {"mha": {"moe.shared_hidden": 8}, "mqa": {"run.dir": "x"}}}, "sets itself",
+                     id="an arm that says where it runs"),
+        pytest.param({"arms": {"mha": {"moe.shared_hidden": 8}, "m/a": {}}}, "a folder's name", id="a slash in a name"),
+    ],
+)  # fmt: skip
+def test_a_study_that_cannot_be_is_refused(change: dict[str, object], sentence: str) -> None:
+    import yaml
+
+    with pytest.raises(Refused, match=sentence):
+        build(Study, {**yaml.safe_load(TOY), **change}, "study")
+
+
+@pytest.mark.parametrize(
+    "arms, knob, sentence",
+    [
+        pytest.param({"mha": {"moe.shared_hidden": 8}, "wide": {"attention.heads": 16}}, "moe.shared_hidden",
+                     "give the anchor more room", id="an arm larger than the anchor"),
+        pytest.param({"mha": {"moe.hidden": 8}}, "moe.hidden", "every token passes", id="the width of routed experts"),
+        pytest.param({"mha": {"moe.shared_hidden": 32}, "many": {"moe.experts": 5}}, "moe.shared_hidden",
+                     "idle", id="more experts"),
+    ],
+)  # fmt: skip
+def test_arms_that_cannot_be_matched_are_refused(arms: dict[str, dict[str, int]], knob: str, sentence: str) -> None:
+    study = Study("recall", arms, knob, "mha", "mha")
+    with pytest.raises(Refused, match=sentence):
+        match(study, SMALL)
+
+
+def test_settings_are_typed_as_hydra_reads_them() -> None:
+    value = [{"of": [{"attention": {"scheme": "gqa", "window": None}, "feedforward": "${moe}"}], "repeat": 2}]
+    assert typed(value) == "[{of: [{attention: {scheme: gqa, window: null}, feedforward: ${moe}}], repeat: 2}]"
+    assert typed("it's") == "'it\\'s'"
+
+
+def run(arm: str, seed: int, bpb: float | None, answers: float = 0.5) -> Run:
+    sources = {"text": {"bpb": bpb}, "r": {"accuracy": answers, "facts": {"task": "recall", "pairs": 8}}}
+    return Run(arm, seed, 10, 1000, 1.0, 100.0, sources, [[10, 2.0]], "cpu", "2")
+
+
+def made_up(values: dict[str, list[float]]) -> Results:
+    arms = {name: Arm([], 8, 100, 80, 10, 4, 0, CacheSize(64, 64.0 * (i + 1), 64.0 * (i + 1), i + 1.0), {})
+            for i, name in enumerate(values)}  # fmt: skip
+    first = next(iter(values))
+    study = Study("recall", {name: {"k": 1} if name == first else {} for name in values}, "k", first, first, context=64,
+                  interactions=[Interaction("two", *list(values)[:4])] if len(values) > 3 else [],
+                  curves={"all": list(values)[1:]})  # fmt: skip
+    runs = [run(name, seed, v, v / 10) for name, several in values.items() for seed, v in enumerate(several)]
+    return Results(study, [], arms, runs)
+
+
+@pytest.mark.parametrize(
+    "values, mean, sd, error, verdict",
+    [
+        pytest.param((1.0, 2.0, 3.0), 2.0, 1.0, 0.5773503, "beyond 2 s.e.", id="3.5 standard errors"),
+        pytest.param((1.9, 2.0, 2.1), 2.0, 0.1, 0.0577350, "beyond 95 %", id="35 standard errors"),
+        pytest.param((-1.0, 2.0, 3.0), 1.3333333, 2.0816660, 1.2018504, "within noise", id="1.1 standard errors"),
+        pytest.param((0.0, 0.0, 0.0), 0.0, 0.0, 0.0, "within noise", id="no difference at all"),
+        pytest.param((0.7,), 0.7, None, None, "one seed", id="one seed"),
+    ],
+)
+def test_a_difference_and_its_noise(
+    values: tuple[float, ...], mean: float, sd: float | None, error: float | None, verdict: str
+) -> None:
+    found = Difference(values)
+    assert found.mean == pytest.approx(mean)
+    assert found.sd == (None if sd is None else pytest.approx(sd))
+    assert found.error == (None if error is None else pytest.approx(error))
+    assert found.verdict == verdict
+
+
+def test_differences_are_paired_by_seed() -> None:
+    known = made_up({"base": [1.0, 2.0, 3.0], "other": [1.5, 2.5, 3.5]})
+    found = paired(known, "other", "base", text_loss)
+    assert found is not None and found.values == (0.5, 0.5, 0.5) and found.sd == 0.0
+    known.runs = [run for run in known.runs if (run.arm, run.seed) != ("base", 1)]
+    found = paired(known, "other", "base", text_loss)
+    assert found is not None and len(found.values) == 2, "a seed that one of them lacks is in no difference"
+    assert paired(known, "base", "base", text_loss) is None
+    assert pairs_asked(known.runs) == [8] and recall(8)(known.runs[0]) == pytest.approx(0.1)
+    assert recall(4)(known.runs[0]) is None
+
+
+def test_an_interaction_is_what_both_do_beyond_each() -> None:
+    known = made_up({"neither": [4.0, 5.0], "first": [3.0, 4.0], "second": [3.5, 4.5], "both": [3.0, 3.5]})
+    found = interaction(known, "neither", "first", "second", "both", text_loss)
+    assert found is not None
+    assert found.values == pytest.approx((0.5, 0.0))  # (3 − 3.5) − (3 − 4), (3.5 − 4.5) − (4 − 5)
+
+
+def test_a_document_says_noise_as_noise_and_names_what_failed() -> None:
+    known = made_up({"base": [1.0, 2.0, 3.0], "other": [1.5, 1.5, 3.2], "far": [2.0, 3.0, 4.0]})
+    known.failed["far, seed 3"] = "failed: it burst."
+    text = document(known)
+    assert "(within noise)" in text and "(beyond 95 %)" in text and "far, seed 3: failed: it burst." in text
+    assert "1.00×" not in text and "| other | 0.5× |" in text
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    known = made_up({"base": [1.0, float("nan")], "other": [2.0, 3.0]})
+    known.write(tmp_path)
+    again = results.load(tmp_path / results.NAME)
+    assert again.runs[0] == known.runs[0] and again.study == known.study
+    assert text_loss(again.runs[1]) is None, "what is not finite is not known"
+    known.arms["base"] = Arm(["train.steps=9"], 8, 100, 80, 10, 4, 0, known.arms["base"].cache, {})
+    with pytest.raises(Refused, match="results of base with other settings"):
+        results.go_on(tmp_path, known)
+
+
+def test_plots_are_made_of_what_there_is() -> None:
+    from launch.study.plots import draw
+
+    known = made_up({"neither": [4.0, 5.0], "first": [3.0, 4.0], "second": [3.5, 4.5], "both": [3.0, 3.5]})
+    assert [picture.plot.file for picture in draw(known)] == [
+        "quality.png", "recall.png", "ratios.png", "interaction.png"]  # fmt: skip
+    known.runs = []
+    assert draw(known) == []
+
+
+POLITE = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+time.sleep(float(sys.argv[1]))
+sys.exit(print("failed: it burst.") or 1 if sys.argv[1] == "0" else 0)
+"""
+
+
+def test_a_queue_runs_names_what_failed_and_asks_the_rest_to_save(tmp_path: Path) -> None:
+    def job(name: str, seconds: str) -> Job:
+        return Job(name, 0, tmp_path / name / "seed_0", [sys.executable, "-c", POLITE, seconds], 1)
+
+    codes = {}
+    with Queue([job("bursts", "0"), job("ends", "0.01"), job("sleeps", "600")], workers=2) as queue:
+        for ended in queue.ended(time.monotonic() + 60):
+            if ended is not None:
+                codes[ended.job.arm] = (ended.code, ended.job.why())
+            if len(codes) == 2 and any("ready" in running.why() for running in queue.running.values()):
+                break
+        (sleeper,) = queue.running
+    assert codes == {"bursts": (1, "failed: it burst."), "ends": (0, "ready")}
+    assert sleeper.returncode == 75
+
+
+def test_a_study_goes_on_where_it_was_killed(toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [f"study={toy}", f"out={out}", "workers=2", *SMALL]
+    with subprocess.Popen([sys.executable, "-m", "launch", "study", *arguments], stderr=subprocess.PIPE) as first:
+        deadline = time.monotonic() + 120
+        while not (out / "runs").exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)  # its two runs outlive it, and hold their directories
+    assert command.main(arguments) == 0
+    known = json.loads((out / results.NAME).read_text())
+    assert sorted((run["arm"], run["seed"]) for run in known["runs"]) == [
+        ("mha", 0), ("mha", 1), ("mqa", 0), ("mqa", 1)]  # fmt: skip
+    assert all(run["steps"] == 6 and run["sources"] for run in known["runs"])
+    by_seed = {(r["arm"], r["seed"]): (out / "runs" / r["arm"] / f"seed_{r['seed']}" / "metrics.jsonl").read_text()
+               for r in known["runs"]}  # fmt: skip
+    batches = {key: [json.loads(line).get("batch") for line in text.splitlines()] for key, text in by_seed.items()}
+    assert batches["mha", 0] == batches["mqa", 0] != batches["mha", 1] == batches["mqa", 1]
+    assert command.main(arguments) == 0, "what is done is not done again"
+    assert command.main([f"from={out / results.NAME}", f"out={tmp_path / 'shown'}"]) == 0
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {"study.md", "recall.png", "ratios.png"}
