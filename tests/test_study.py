@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,10 @@ def test_settings_are_typed_as_hydra_reads_them() -> None:
 
 
 def run(arm: str, seed: int, bpb: float | None, answers: float = 0.5) -> Run:
-    sources = {"text": {"bpb": bpb}, "r": {"accuracy": answers, "facts": {"task": "recall", "pairs": 8}}}
+    sources: dict[str, dict[str, Any]] = {
+        "text": {"bpb": bpb},
+        "r": {"accuracy": answers, "facts": {"task": "recall", "pairs": 8}},
+    }
     return Run(arm, seed, 10, 1000, 1.0, 100.0, sources, [[10, 2.0]], "cpu", "2")
 
 
