@@ -23,11 +23,13 @@ from data.source import Facts, Window, random_bits
 
 @dataclass(frozen=True)
 class Config:
-    """num_pairs, num_queries: a window holds; a key is queried at most once.
+    """num_pairs, num_queries: a window holds.
 
     num_keys, num_values: distinct keys and values; ids are one blank, the keys, then the values.
     first_id:  that of the blank; beside text, the first that means nothing there.
     power:     how queries gather near the pairs; 1 spreads them evenly.
+    again:     a key may be queried more than once. Otherwise what was answered already is ruled out: a model that knows
+               which values stand in the window, but not whose, is right the more often the more is asked.
     null_task: answers that cannot be known.
     split:     the two never share their draws.
     """
@@ -38,13 +40,20 @@ class Config:
     num_values: int = 64
     power: float = 0.01
     first_id: int = 0
+    again: bool = False
     null_task: bool = False
     split: Literal["train", "valid"] = "train"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_queries <= self.num_pairs <= self.num_keys:
+        if self.again and self.null_task:
             raise ValueError(
-                "1 ≤ num_queries ≤ num_pairs ≤ num_keys is needed, because a key is queried at most once, but they are "
+                "again and null_task cannot both be true: asked twice, even a null's answer would be known."
+            )
+        asked = min(self.num_queries, self.num_pairs) if self.again else self.num_queries
+        if not 1 <= asked <= self.num_pairs <= self.num_keys:
+            raise ValueError(
+                "1 ≤ num_queries ≤ num_pairs ≤ num_keys is needed, because without `again` a key is queried at most "
+                "once, but they are "
                 f"{self.num_queries}, {self.num_pairs} and {self.num_keys}."
             )
         if self.num_values < 2:
@@ -88,12 +97,15 @@ class Recall:
             )
         sizes = (c.num_keys, c.num_pairs, c.num_pairs, num_slots, c.num_queries)
         bits = random_bits(sum(sizes), self.fingerprint, seed, index)
-        for_keys, for_values, for_queried, for_slots, for_null = np.split(bits, np.cumsum(sizes)[:-1])
+        for_keys, for_values, for_queried, for_slots, for_queries = np.split(bits, np.cumsum(sizes)[:-1])
 
         keys = np.argsort(for_keys, kind="stable")[: c.num_pairs]
         values = (for_values % np.uint64(c.num_values)).astype(np.int64)
-        queried = np.argsort(for_queried, kind="stable")[: c.num_queries]
-        answers = (for_null % np.uint64(c.num_values)).astype(np.int64) if c.null_task else values[queried]
+        if c.again:
+            queried = (for_queries % np.uint64(c.num_pairs)).astype(np.int64)
+        else:
+            queried = np.argsort(for_queried, kind="stable")[: c.num_queries]
+        answers = (for_queries % np.uint64(c.num_values)).astype(np.int64) if c.null_task else values[queried]
 
         # The smallest of exponential variables of rate w is a draw with probability ∝ w, the next one without it, ….
         weights = np.arange(1, num_slots + 1, dtype=np.float64) ** (c.power - 1)
