@@ -98,6 +98,7 @@ def pairs_asked(runs: Sequence[Run]) -> list[int]:
 
 
 def _pairs(source: Mapping[str, object]) -> int | None:
+    """Of key and value that a window of a synthetic task holds: recall's pairs, or needles."""
     facts = source.get("facts") or {}
     assert isinstance(facts, Mapping)
-    return facts.get("pairs") if facts.get("task") == "recall" else None
+    return facts.get("pairs", facts.get("keys"))
