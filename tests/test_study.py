@@ -92,6 +92,8 @@ def test_a_study_that_cannot_be_is_refused(change: dict[str, object], sentence: 
         pytest.param({"mha": {"moe.hidden": 8}}, "moe.hidden", "every token passes", id="the width of routed experts"),
         pytest.param({"mha": {"moe.shared_hidden": 32}, "many": {"moe.experts": 5}}, "moe.shared_hidden",
                      "idle", id="more experts"),
+        pytest.param({"mha": {"moe.shared_hidden": 8}, "odd": {"attention.head_dim": 7}}, "moe.shared_hidden",
+                     "study.arms.odd: .*must be even", id="an arm that no model can be"),
     ],
 )  # fmt: skip
 def test_arms_that_cannot_be_matched_are_refused(arms: dict[str, dict[str, int]], knob: str, sentence: str) -> None:

@@ -38,7 +38,7 @@ class Matched:
 
 def match(study: Study, common: tuple[str, ...]) -> dict[str, Matched]:
     """Every arm, by name. common: overrides of every run. Raises Refused where one cannot have the anchor's sizes."""
-    wanted = _parameters(study, study.arms[study.anchor], common)
+    wanted = _parameters(study, study.anchor, study.arms[study.anchor], common)
     return {name: _solve(study, name, settings, common, wanted) for name, settings in study.arms.items()}
 
 
@@ -48,7 +48,7 @@ def arguments(study: Study, settings: Mapping[str, Any], common: tuple[str, ...]
 
 
 def _solve(study: Study, name: str, settings: dict[str, Any], common: tuple[str, ...], wanted: Parameters) -> Matched:
-    one, other = (_parameters(study, {**settings, study.knob: n}, common) for n in (1, 1 + STEP))
+    one, other = (_parameters(study, name, {**settings, study.knob: n}, common) for n in (1, 1 + STEP))
     unit = (other.active - one.active) // STEP
     if unit < 1 or multiplied(other) - multiplied(one) != unit * STEP:
         raise Refused(
@@ -77,6 +77,9 @@ def multiplied(parameters: Parameters) -> int:
     return parameters.total - parameters.looked_up
 
 
-def _parameters(study: Study, settings: Mapping[str, Any], common: tuple[str, ...]) -> Parameters:
-    config = run_config.read(compose(arguments(study, settings, common)))
-    return cost.parameters(cost.meta(config.model))
+def _parameters(study: Study, name: str, settings: Mapping[str, Any], common: tuple[str, ...]) -> Parameters:
+    try:
+        config = run_config.read(compose(arguments(study, settings, common)))
+        return cost.parameters(cost.meta(config.model))
+    except Refused as refusal:
+        raise Refused(f"study.arms.{name}: {refusal}") from None
