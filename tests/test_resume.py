@@ -264,7 +264,7 @@ def test_torchrun_asked_to_stop(reference: Reference) -> None:
     folder, run, output = expected.parent, expected.parent / "asked", expected.parent / "asked.txt"
     (folder / "disk").mkdir()
     (folder / "disk" / "sitecustomize.py").write_text(SLOW_DISK)
-    # a machine with other work needs seconds to end its step; an older torch, which does not know this variable, waits 30
+    # a busy machine needs seconds to end its step; an older torch, which does not know the second variable, waits 30 s
     variables = {"PYTHONPATH": f"{folder / 'disk'}:{ROOT}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "8"}
     arguments = command(*TORCHRUN, "-m", "train", *BASE, "run.dir=asked")
 

@@ -11,10 +11,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from launch.report.compare import Spread, spread_of
 from launch.report.plots import canvas
-from launch.report.plots.cache import label_points, scale_bytes
 from launch.report.plots.canvas import DASHES, SMALL, Ink, Picture, Plot, legend, panels
 from launch.report.show import shown, spread
-from launch.study.contrasts import Value, pairs_asked, recall, text_loss
+from launch.study.contrasts import Value, paired, pairs_asked, recall, text_loss
 from launch.study.results import Results
 from launch.study.tables import Measure, measures, ratio
 
@@ -25,25 +24,25 @@ def draw(results: Results) -> list[Picture]:
 
 
 def quality(results: Results, figure: Figure, ink: Ink) -> str | None:
-    """A point an arm, its name beside it."""
-    figure.set_size_inches(7.5, 6.0)
-    points = [
-        (name, arm.cache.measured / arm.cache.context, found)
-        for name, arm in results.arms.items()
-        if (found := _of(results, name, text_loss)) is not None
+    """A row an arm, by what it caches: its loss less the baseline's, paired by seed."""
+    rows = [
+        (f"{name}  {arm.cache.measured / arm.cache.context:,.4g} B", found)
+        for name, arm in sorted(results.arms.items(), key=lambda item: -item[1].cache.measured)
+        if (found := paired(results, name, results.study.baseline, text_loss)) is not None
     ]
-    if not points:
+    if not rows:
         return None
+    figure.set_size_inches(5.0, 1.2 + 0.22 * len(rows))
     axes = figure.add_subplot()
-    for index, (_, size, found) in enumerate(points):
-        axes.errorbar(size, found.mean, yerr=found.sd, color=_colour(ink, index), marker="o", markersize=6, capsize=3)
-    scale_bytes(axes, sorted({size for _, size, _ in points}))
-    axes.margins(y=0.1)
-    axes.set_xlabel(f"decode cache: bytes a token at {results.study.context:,} tokens (bf16, measured)")
-    axes.set_ylabel("held-out bits per byte")
-    label_points(axes, ink, [(n, _colour(ink, i), size, f.mean) for i, (n, size, f) in enumerate(points)])
-    words = [f"{name} {spread(found, 'loss')} at {size:,.5g} bytes" for name, size, found in points]
-    return f"Held-out bits per byte: {', '.join(words)}."
+    axes.axvline(0.0, color=ink.muted, linewidth=1)
+    for row, (_, found) in enumerate(rows):
+        bar = 2 * (found.error or 0.0)
+        axes.errorbar(found.mean, row, xerr=bar, color=ink.arms[0], marker="o", markersize=4, capsize=2)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=SMALL)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"bits per byte above {results.study.baseline}")
+    words = [f"{label} {shown(found.mean, 'loss')}" for label, found in rows]
+    return f"Held-out bits per byte above {results.study.baseline}: {', '.join(words)}."
 
 
 def recalled(results: Results, figure: Figure, ink: Ink) -> str | None:
@@ -154,8 +153,8 @@ def _colour(ink: Ink, index: int) -> str:
 
 # fmt: off
 PLOTS: tuple[Plot[Results], ...] = (
-    Plot("quality.png", "Held-out loss against cache", "Bars: one standard deviation over the seeds.",
-         "a validation on text", quality),
+    Plot("quality.png", "Held-out loss against cache", "Differences are paired by seed, bars two standard errors; the "
+         "arm with the largest cache first, beside it its bytes a token.", "a validation on text", quality),
     Plot("recall.png", "Associative recall by number of pairs", "Answers right, mean over the seeds, ± one standard "
          "deviation in points; the arm with the largest cache first.", "a validation on recall", recalled),
     Plot("ratios.png", "Quality over the ratio of compression", "Each line begins at the baseline, 1×. Bars: one "

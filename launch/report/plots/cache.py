@@ -39,7 +39,7 @@ def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> s
         return None
     for _, colour, cache, quality in points:
         axes.errorbar(cache.mean, quality.mean, yerr=quality.sd, color=colour, marker="o", markersize=9, capsize=4)
-    scale_bytes(axes, sorted({cache.mean for _, _, cache, _ in points}))
+    _scale_bytes(axes, sorted({cache.mean for _, _, cache, _ in points}))
     axes.margins(y=0.25)
     axes.set_xlabel("decode cache: bytes for each further token (bf16, measured)")
     axes.set_ylabel(unit)
@@ -48,7 +48,7 @@ def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> s
     if len(points) > MOST_NAMES:
         legend(figure, [(arm.name, colour, dash) for arm, colour, dash in styled(comparison, ink)])
     else:
-        label_points(
+        _label_points(
             axes, ink, [(arm.name, colour, cache.mean, quality.mean) for arm, colour, cache, quality in points]
         )
     words = [
@@ -57,8 +57,7 @@ def quality_against_cache(comparison: Comparison, figure: Figure, ink: Ink) -> s
     return f"{unit[0].upper()}{unit[1:]}: {', '.join(words)}."
 
 
-def scale_bytes(axes: Axes, sizes: list[float]) -> None:
-    """The horizontal axis of caches of these sizes, ascending."""
+def _scale_bytes(axes: Axes, sizes: list[float]) -> None:
     smallest = min((size for size in sizes if size > 0), default=1.0)
     if sizes[0] > 0:
         axes.set_xscale("log", base=2)
@@ -69,7 +68,7 @@ def scale_bytes(axes: Axes, sizes: list[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
 
 
-def label_points(axes: Axes, ink: Ink, points: list[tuple[str, str, float, float]]) -> None:
+def _label_points(axes: Axes, ink: Ink, points: list[tuple[str, str, float, float]]) -> None:
     """A name beside each point (name, colour, x, y), on the first side where it covers no other name."""
     placed: list[Annotation] = []
     for name, colour, x, y in points:
