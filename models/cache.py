@@ -73,7 +73,8 @@ class Store:
         return readable.concatenate(Entries(new.parts, new.position, torch.where(valid, 0, NOTHING)))
 
     def drop(self, which: Tensor) -> None:
-        """Forget the entries `which` [B, capacity]; the others keep their positions. Raises ValueError for a tail."""
+        """Forget the entries `which` [B, capacity]; the others keep their positions. A row still ends at the tokens
+        that the cache was made for. Raises ValueError for a tail."""
         if self.slot.kind == "tail":
             raise ValueError(f"{self.slot.name} is a tail, whose rows the next entry is made of; only entries can go")
         kept = (self.position != NOTHING) & ~which

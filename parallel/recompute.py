@@ -1,6 +1,6 @@
 """Which activations are kept for the backward, and which are computed again (arXiv 1604.06174).
 
-A unit that is recomputed keeps its inputs, and the indices that it chose (models/selection.py), and nothing else.
+A unit that is recomputed keeps its inputs, and the indices that it chose (models/selection/), and nothing else.
 """
 
 from __future__ import annotations

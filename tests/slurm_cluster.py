@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -102,14 +103,23 @@ class SlurmCluster:
         Not all of them: a node refuses to start a job again in the second in which it ended.
         """
         self.wait(lambda: self.state(job) == "PENDING", f"job {job} to be requeued")
+        restarts = self._restarts(job)
         time.sleep(2)
 
         def started() -> bool:
+            # a short job may be requeued again by now, whose next start is not asked for here
+            if self.state(job) != "PENDING" or self._restarts(job) != restarts:
+                return True
             self._ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # refused where it has just started
             time.sleep(0.5)
-            return self.state(job) != "PENDING"
+            return False
 
         self.wait(started, f"job {job} to start")
+
+    def _restarts(self, job: int) -> str:
+        """How often it was requeued, as SLURM prints it; empty where SLURM has forgotten the job."""
+        found = re.search(r"Restarts=(\d+)", self._ask("scontrol", "show", "job", str(job)).stdout)
+        return found[1] if found else ""
 
     def wait(self, condition: Callable[[], bool], what: str, timeout: float = 240.0) -> None:
         """Until `condition` holds; fails naming `what` after `timeout` seconds.

@@ -42,9 +42,10 @@ def test_every_shipped_config_is_one(name: str, tmp_path: Path) -> None:
     assert config.seed == 3, "the run's seed draws the order"
     assert config.validation is not None
     trained, validated = parts(config.train), parts(config.validation)
-    assert trained.keys() == validated.keys()
+    by_kind = {values["source"]: values for values in trained.values()}
+    assert by_kind.keys() == {values["source"] for values in validated.values()}
     for name, values in validated.items():
-        grid, of_training = values.pop("grid", {}), trained[name]
+        grid, of_training = values.pop("grid", {}), trained.get(name, by_kind[values["source"]])
         of_training.pop("weight", None)
         apart = {key for key in {*values, *of_training} if values.get(key) != of_training.get(key)}
         assert "split" in apart and values["split"] == "valid" and of_training["split"] == "train"

@@ -115,7 +115,8 @@ class TrainSection:
     reads less than all (models/cores/approximate); validation reads all. attention: how what chooses what is read is
     trained: without choosing (dense, which ends an approximation too), what chooses alone, by a loss of its own
     (warmup), or all of it (sparse).
-    mtp_weight: factor on the loss of multi-token prediction, the mean over its depths; null for MTP_WEIGHT.
+    mtp_weight: factor on the loss of multi-token prediction, the mean over its depths; null for MTP_WEIGHT. The
+    auxiliary losses of its modules are not weighed by it. An approximation leaves its attention as it is.
     """
 
     steps: int

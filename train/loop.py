@@ -167,7 +167,7 @@ class Pending:
             "peak_memory": meter.peak_memory(run.ranks.device),
         }
         peak = meter.peak_flops(run.ranks.device)
-        if peak is not None:
+        if peak is not None and run.config.train.approximate is None:  # which does less than the model is counted for
             length = self.stretch.sequence_length
             if length not in run.flops_per_token:
                 run.flops_per_token[length] = meter.training_flops_per_token(run.engine.model, length)

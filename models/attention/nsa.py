@@ -218,7 +218,8 @@ class NSA(Attention):
         return out
 
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        """Decode runs the MLPs at every step, whether a block ends there or not."""
+        """Decode runs the MLPs at every step, whether a block ends there or not. A query's own block, of which it reads
+        what lies before it, counts as whole."""
         c = self.config
         projections = self.query.flops() + self.gate.flops() + self.output.flops()
         made = 0.0

@@ -53,8 +53,8 @@ def ratio_of_compression(path: Path = RESULTS) -> Judgement:
             "to be measured",
             "–",
             "Loss against ratio, from 1× to 16×, with as many parameters and at least three seeds, is what decides; a "
-            "spike is more than two standard deviations and more than 1 % of perplexity. The study's results are not "
-            "there yet.",
+            "spike is more than two standard deviations and more than 1 % of perplexity. The first pass of the study "
+            "(`docs/study.md`) has two seeds of the per-head latent, and is too short to judge by.",
         )
     try:
         read = json.loads(path.read_text())
