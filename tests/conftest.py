@@ -21,7 +21,15 @@ from tests import skips
 from tests.ranks import runner
 from tests.settle import settle
 
-LONGEST_FIRST = ("test_readme", "test_slurm", "test_resume", "test_add_a_scheme", "test_engine", "test_refusals")
+LONGEST_FIRST = (
+    "test_slurm",
+    "test_resume",
+    "test_readme",
+    "test_engine",
+    "test_run",
+    "test_add_a_scheme",
+    "test_study",
+)
 """Files whose tests take tens of seconds, or wait: begun last, one of them would leave the other cores idle."""
 
 # The machines that run this are shared and slow: an example that takes long is no failure.
@@ -57,9 +65,21 @@ def pytest_xdist_auto_num_workers() -> int:
     return cores + 1
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each worker is given an equal stretch of the order, and takes from the end of another's when it has no more: so
+    each stretch begins with some of the longest files."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    stretches: list[list[pytest.Item]] = [[] for _ in range(workers)]
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in sorted(items, key=lambda item: order.get(item.path.stem, len(order))):
+        if item.path.stem in order:
+            stretches[order[item.path.stem] % workers].append(item)
+    others = [item for item in items if item.path.stem not in order]
+    for place, stretch in enumerate(stretches):
+        wanted = len(items) * (place + 1) // workers - len(items) * place // workers - len(stretch)
+        stretch += others[: max(wanted, 0)]
+        others = others[max(wanted, 0) :]
+    items[:] = [item for stretch in [*stretches, others] for item in stretch]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
