@@ -20,16 +20,15 @@ import numpy as np
 from conf.schema import Refused
 from data.source import Facts, Window, random_bits
 
+BLANK = 0
+
 
 @dataclass(frozen=True)
 class Config:
-    """num_pairs, num_queries: a window holds.
+    """num_pairs, num_queries: a window holds; a key is queried at most once.
 
     num_keys, num_values: distinct keys and values; ids are one blank, the keys, then the values.
-    first_id:  that of the blank; beside text, the first that means nothing there.
     power:     how queries gather near the pairs; 1 spreads them evenly.
-    again:     a key may be queried more than once. Otherwise what was answered already is ruled out: a model that knows
-               which values stand in the window, but not whose, is right the more often the more is asked.
     null_task: answers that cannot be known.
     split:     the two never share their draws.
     """
@@ -39,29 +38,19 @@ class Config:
     num_keys: int = 64
     num_values: int = 64
     power: float = 0.01
-    first_id: int = 0
-    again: bool = False
     null_task: bool = False
     split: Literal["train", "valid"] = "train"
 
     def __post_init__(self) -> None:
-        if self.again and self.null_task:
+        if not 1 <= self.num_queries <= self.num_pairs <= self.num_keys:
             raise ValueError(
-                "again and null_task cannot both be true: asked twice, even a null's answer would be known."
-            )
-        asked = min(self.num_queries, self.num_pairs) if self.again else self.num_queries
-        if not 1 <= asked <= self.num_pairs <= self.num_keys:
-            raise ValueError(
-                "1 ≤ num_queries ≤ num_pairs ≤ num_keys is needed, because without `again` a key is queried at most "
-                "once, but they are "
+                "1 ≤ num_queries ≤ num_pairs ≤ num_keys is needed, because a key is queried at most once, but they are "
                 f"{self.num_queries}, {self.num_pairs} and {self.num_keys}."
             )
         if self.num_values < 2:
             raise ValueError(f"num_values is {self.num_values}, but an answer needs at least 2 to choose from.")
         if not self.power > 0:
             raise ValueError(f"power is {self.power}, but it must be above 0.")
-        if self.first_id < 0:
-            raise ValueError(f"first_id is {self.first_id}, but ids begin at 0.")
 
     def open(self) -> Recall:
         return Recall(self)
@@ -73,7 +62,7 @@ class Recall:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.fingerprint = hashlib.blake2b(repr(config).encode(), digest_size=16).hexdigest()
-        self.vocab = config.first_id + 1 + config.num_keys + config.num_values
+        self.vocab = 1 + config.num_keys + config.num_values
         self.num_tokens: int | None = None
         self.tokenizer: str | None = None
         self.bytes_per_token: float | None = None
@@ -97,27 +86,23 @@ class Recall:
             )
         sizes = (c.num_keys, c.num_pairs, c.num_pairs, num_slots, c.num_queries)
         bits = random_bits(sum(sizes), self.fingerprint, seed, index)
-        for_keys, for_values, for_queried, for_slots, for_queries = np.split(bits, np.cumsum(sizes)[:-1])
+        for_keys, for_values, for_queried, for_slots, for_null = np.split(bits, np.cumsum(sizes)[:-1])
 
         keys = np.argsort(for_keys, kind="stable")[: c.num_pairs]
         values = (for_values % np.uint64(c.num_values)).astype(np.int64)
-        if c.again:
-            queried = (for_queries % np.uint64(c.num_pairs)).astype(np.int64)
-        else:
-            queried = np.argsort(for_queried, kind="stable")[: c.num_queries]
-        answers = (for_queries % np.uint64(c.num_values)).astype(np.int64) if c.null_task else values[queried]
+        queried = np.argsort(for_queried, kind="stable")[: c.num_queries]
+        answers = (for_null % np.uint64(c.num_values)).astype(np.int64) if c.null_task else values[queried]
 
         # The smallest of exponential variables of rate w is a draw with probability ∝ w, the next one without it, ….
         weights = np.arange(1, num_slots + 1, dtype=np.float64) ** (c.power - 1)
         arrivals = -np.log((for_slots.astype(np.float64) + 1) / 2.0**64) / weights
         queries_at = 2 * (c.num_pairs + np.argsort(arrivals, kind="stable")[: c.num_queries])
 
-        tokens = np.full(sequence_length + lookahead, c.first_id, dtype=np.int64)
-        first_key = c.first_id + 1
-        first_value = first_key + c.num_keys
-        tokens[0 : 2 * c.num_pairs : 2] = first_key + keys
+        tokens = np.full(sequence_length + lookahead, BLANK, dtype=np.int64)
+        first_value = 1 + c.num_keys
+        tokens[0 : 2 * c.num_pairs : 2] = 1 + keys
         tokens[1 : 2 * c.num_pairs : 2] = first_value + values
-        tokens[queries_at] = first_key + keys[queried]
+        tokens[queries_at] = 1 + keys[queried]
         tokens[queries_at + 1] = first_value + answers
         scored = np.zeros(len(tokens), dtype=np.bool_)
         scored[queries_at + 1] = True
