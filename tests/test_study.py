@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from launch.study import command, config, results
 from launch.study.config import Interaction, Study, typed
 from launch.study.contrasts import Difference, interaction, paired, pairs_asked, recall, text_loss
 from launch.study.matching import match, multiplied
-from launch.study.queue import Job, Queue
-from launch.study.results import Arm, CacheSize, Results, Run
+from launch.study.plan import TRIAL_SEED, Command, Plan
+from launch.study.queue import Job, Queue, visible_gpus
+from launch.study.results import Arm, CacheSize, Results, Run, Trial
 from launch.study.tables import document
 
 TOY = """
@@ -33,6 +35,7 @@ arms:
   mqa: {attention.kv_heads: 1}
 curves: {fewer KV heads: [mqa]}
 """
+TUNED = TOY + "tuning: {key: optimizer.learning_rate, values: [0.001, 0.01]}\n"
 SMALL = (
     "model.width=16", "attention.head_dim=8", "moe.hidden=8", "moe.experts=4", "train.steps=6", "train.micro_batch=4",
     "train.batch_tokens=256", "checkpoint.every=2", "evaluate.samples=4", "run.threads=1", "run.device=cpu",
@@ -59,10 +62,15 @@ def test_the_shipped_arms_have_the_anchors_parameters() -> None:
 
 
 def test_an_arms_cache_is_weighed(toy: Path) -> None:
-    known, jobs = command._prepare(config.load(str(toy)), toy.parent / "out", SMALL)
+    known, commands = command._prepare(config.load(str(toy)), SMALL)
     assert known.arms["mha"].cache == CacheSize(64, 64 * 128.0, 64 * 128.0, 128.0)  # 2 layers × 2 × 2 heads × 8 × 2 B
     assert known.arms["mqa"].cache.growth == 64.0
-    assert [job.name for job in jobs] == ["mha, seed 0", "mqa, seed 0", "mha, seed 1", "mqa, seed 1"]
+    assert [job.name for job in Plan(known, commands, toy.parent).ready()] == [
+        "mha, seed 0",
+        "mqa, seed 0",
+        "mha, seed 1",
+        "mqa, seed 1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,10 @@ def test_an_arms_cache_is_weighed(toy: Path) -> None:
     [
         pytest.param({"baseline": "mla"}, "baseline is 'mla'", id="an unknown baseline"),
         pytest.param({"curves": {"x": ["mka"]}}, "did you mean 'mqa'", id="an unknown arm in a curve"),
+        pytest.param({"tuning": {"key": "optimizer.learning_rate", "values": [0.1]}}, "at least two",
+                     id="one value to choose from"),
+        pytest.param({"tuning": {"key": "attention.kv_heads", "values": [1, 2]}}, "sets itself",
+                     id="an arm that sets what is tuned"),
         pytest.param({"seeds": 0}, "must be at least 1", id="no seed"),
         pytest.param({"knob": "moe.hidden"}, "has to set moe.hidden", id="an anchor without the knob"),
         pytest.param({"arms": {"mha": {"moe.shared_hidden": 8}, "mqa": {"run.dir": "x"}}}, "sets itself",
@@ -195,6 +207,64 @@ def test_plots_are_made_of_what_there_is() -> None:
     assert draw(known) == []
 
 
+@pytest.fixture
+def tuned(tmp_path: Path) -> Results:
+    """Two arms and two values, of which nothing is known."""
+    file = tmp_path / "tuned.yaml"
+    file.write_text(TUNED)
+    return Results(config.load(str(file)), [], {name: made_up({name: []}).arms[name] for name in ("mha", "mqa")})
+
+
+def test_an_arms_runs_follow_its_trials(tuned: Results, tmp_path: Path) -> None:
+    plan = Plan(tuned, {name: Command([f"arm={name}"], 6) for name in ("mha", "mqa")}, tmp_path)
+    first = plan.ready()
+    assert [job.name for job in first] == [
+        "mha, trial of 0.001", "mqa, trial of 0.001", "mha, trial of 0.01", "mqa, trial of 0.01"]  # fmt: skip
+    assert {job.seed for job in first} == {TRIAL_SEED} and plan.ready() == []
+    assert "optimizer.learning_rate=0.001" in first[0].command and (plan.num_runs, plan.left()) == (8, 8)
+    tuned.trials += [Trial("mha", 0.001, 3.0), Trial("mqa", 0.001, 2.5)]
+    assert plan.ready() == [], "one value is not tried yet"
+    tuned.trials += [Trial("mha", 0.01, 2.0)]
+    mha = plan.ready()
+    assert [(job.name, job.tuned) for job in mha] == [("mha, seed 0", 0.01), ("mha, seed 1", 0.01)]
+    assert "optimizer.learning_rate=0.01" in mha[0].command
+    tuned.trials += [Trial("mqa", 0.01, None)]
+    assert [(job.name, job.tuned) for job in plan.ready()] == [("mqa, seed 0", 0.001), ("mqa, seed 1", 0.001)]
+    tuned.runs += [run("mha", 0, 1.0), run("mha", 1, 1.0), run("mqa", 0, 1.0)]
+    tuned.failed["mqa, seed 1"] = "failed: it burst."
+    assert plan.left() == 0
+    text = document(tuned)
+    assert "Chosen: 0.001 by 1, 0.01 by 1." in text and "| mqa | 2.500 | — |" in text
+
+
+def test_an_arm_whose_every_trial_failed_is_given_up(tuned: Results, tmp_path: Path) -> None:
+    plan = Plan(tuned, {"mha": Command([], 6)}, tmp_path)
+    plan.ready()
+    tuned.trials += [Trial("mha", 0.001, None), Trial("mha", 0.01, None)]
+    assert plan.ready() == [] and plan.left() == 0
+
+
+def test_results_tuned_otherwise_are_refused(tuned: Results, tmp_path: Path) -> None:
+    tuned.trials += [Trial("mha", 0.001, 3.0), Trial("mha", 0.01, None)]
+    tuned.write(tmp_path)
+    again = Results(tuned.study, [], tuned.arms)
+    results.go_on(tmp_path, again)
+    assert again.trials == [Trial("mha", 0.001, 3.0)], "what failed is tried again"
+    other = Results(replace(tuned.study, tuning=None), [], tuned.arms)
+    with pytest.raises(Refused, match="tuned otherwise"):
+        results.go_on(tmp_path, other)
+
+
+def test_runs_are_shared_out_among_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    shows = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [Job(f"a{i}", 0, tmp_path / f"a{i}" / "seed_0", [sys.executable, "-c", shows], 1) for i in range(4)]
+    with Queue(4, visible_gpus()) as queue:
+        queue.add(jobs)
+        assert sum(ended is not None for ended in queue.ended(time.monotonic() + 60)) == 4
+    assert [job.said.read_text().strip() for job in jobs] == ["4", "7", "4", "7"]
+
+
 POLITE = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -209,7 +279,8 @@ def test_a_queue_runs_names_what_failed_and_asks_the_rest_to_save(tmp_path: Path
         return Job(name, 0, tmp_path / name / "seed_0", [sys.executable, "-c", POLITE, seconds], 1)
 
     codes = {}
-    with Queue([job("bursts", "0"), job("ends", "0.01"), job("sleeps", "600")], workers=2) as queue:
+    with Queue(workers=2) as queue:
+        queue.add([job("bursts", "0"), job("ends", "0.01"), job("sleeps", "600")])
         for ended in queue.ended(time.monotonic() + 60):
             if ended is not None:
                 codes[ended.job.arm] = (ended.code, ended.job.why())

@@ -21,7 +21,8 @@ from conf.schema import Refused, build, unknown_choice
 from launch.report.record import read
 from launch.study import config, results
 from launch.study.matching import arguments, match
-from launch.study.queue import Job, Queue
+from launch.study.plan import Command, Plan
+from launch.study.queue import Job, Queue, visible_gpus
 from launch.study.results import Results
 from launch.study.tables import document
 from train import config as run_config
@@ -64,19 +65,20 @@ def main(given: list[str]) -> int:
     until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     out = Path(options.out)
     study = _study(options)
-    for key in ("run.dir", "train.seed", study.knob):
+    for key in sorted(study.own_settings):
         if any(argument.lstrip("+~").partition("=")[0] == key for argument in common):
             raise Refused(f"{key} is set by the study itself; leave it out.")
-    known, jobs = _prepare(study, out, common)
+    known, commands = _prepare(study, common)
     results.go_on(out, known)
-    left = [job for job in _chosen(jobs, options, study) if not known.has(job.arm, job.seed)]
+    plan = Plan(known, _chosen(commands, options, study), out)
     _write(known, out)
-    print(f"{len(known.arms)} arms, {len(jobs)} runs, {len(jobs) - len(left)} of them done before; {out}", flush=True)
-    interrupted = _run(left, options.workers or os.cpu_count() or 1, until, known, out)
+    done = plan.num_runs - plan.left()
+    print(f"{len(known.arms)} arms, {plan.num_runs} runs, {done} of them done before; {out}", flush=True)
+    _run(plan, options.workers or os.cpu_count() or 1, until, known, out)
     for name, why in known.failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
-    if interrupted:
-        print(f"{interrupted} run(s) are left; the same command goes on.", file=sys.stderr)
+    if left := plan.left():
+        print(f"{left} run(s) are left; the same command goes on.", file=sys.stderr)
         return INTERRUPTED
     return FAILED if known.failed else DONE
 
@@ -102,63 +104,65 @@ def _study(options: Options) -> config.Study:
     return study
 
 
-def _chosen(jobs: list[Job], options: Options, study: config.Study) -> list[Job]:
+def _chosen(commands: dict[str, Command], options: Options, study: config.Study) -> dict[str, Command]:
     """Those of the arms that were asked for."""
     if options.arms is None:
-        return jobs
+        return commands
     names = options.arms.split(",")
     for name in names:
         if name not in study.arms:
             raise Refused(unknown_choice("arms", name, list(study.arms)))
-    return [job for job in jobs if job.arm in names]
+    return {name: command for name, command in commands.items() if name in names}
 
 
-def _prepare(study: config.Study, out: Path, common: tuple[str, ...]) -> tuple[Results, list[Job]]:
-    """All arms and runs. Raises Refused where one cannot be."""
-    arms, by_arm = {}, {}
+def _prepare(study: config.Study, common: tuple[str, ...]) -> tuple[Results, dict[str, Command]]:
+    """All arms, and how the runs of each are made. Raises Refused where one cannot be."""
+    arms, commands, configs = {}, {}, {}
     for name, matched in match(study, common).items():
         mine = arguments(study, matched.settings, common)
         values = compose(mine)
         arms[name] = results.arm_of(matched, mine, study.context, values)
-        by_arm[name] = (mine, run_config.read(values))
-    first = by_arm[study.anchor][1]
-    first.data.open()
-    jobs = []
-    for seed in range(study.seeds):  # by seed first, so that what is there when time is up can be compared
-        for name, (mine, read_config) in by_arm.items():
-            directory = out / "runs" / name / f"seed_{seed}"
-            command = [sys.executable, "-m", "train", *mine, f"train.seed={seed}", f"run.dir={directory}"]
-            jobs.append(Job(name, seed, directory, command, read_config.train.steps))
-    return Results(study, list(common), arms), jobs
+        configs[name] = run_config.read(values)
+        commands[name] = Command(mine, configs[name].train.steps)
+    configs[study.anchor].data.open()
+    return Results(study, list(common), arms), commands
 
 
-def _run(jobs: list[Job], workers: int, until: float, known: Results, out: Path) -> int:
-    """Run them; returns how many are left."""
-    left, told, began = len(jobs), time.monotonic(), time.monotonic()
-    at_first = sum(job.reached() for job in jobs)
-    with Queue(jobs, workers) as queue:
+def _run(plan: Plan, workers: int, until: float, known: Results, out: Path) -> None:
+    """Run what can begin, until all is done or the time is up."""
+    told = began = time.monotonic()
+    at_first = plan.reached()
+    with Queue(workers, visible_gpus()) as queue:
+        queue.add(plan.ready())
         for ended in queue.ended(until):
             if ended is not None:
                 job, code = ended
-                if code == DONE:
-                    known.runs.append(results.run_of(job.arm, job.seed, read(job.directory)))
-                    left -= 1
-                elif code != INTERRUPTED:
+                if code not in (DONE, INTERRUPTED):
                     known.failed[job.name] = job.why()
-                    left -= 1
                     print(f"failed: {job.name}: {job.why()}", file=sys.stderr, flush=True)
-                _write(known, out)
+                if code != INTERRUPTED:
+                    _record(job, code == DONE, known)
+                    _write(known, out)
+                    queue.add(plan.ready())
             elif time.monotonic() - told > TELL_EVERY:
                 told = time.monotonic()
-                print(_progress(jobs, at_first, left, len(queue.running), told - began), flush=True)
-    return left
+                print(_progress(plan, at_first, len(queue.running), told - began), flush=True)
 
 
-def _progress(jobs: list[Job], at_first: int, left: int, running: int, seconds: float) -> str:
-    steps, made = sum(job.steps for job in jobs), sum(job.reached() for job in jobs)
+def _record(job: Job, is_done: bool, known: Results) -> None:
+    record = read(job.directory) if is_done else None
+    if job.trial is not None:
+        known.trials.append(results.trial_of(job.arm, job.trial, record))
+    elif record is not None:
+        known.runs.append(results.run_of(job.arm, job.seed, record, job.tuned))
+
+
+def _progress(plan: Plan, at_first: int, running: int, seconds: float) -> str:
+    made, left = plan.reached(), plan.left()
     rate = (made - at_first) / seconds
-    eta = f"{(steps - made) / rate / 60:.1f} min to go" if rate > 0 else "starting"
-    return f"{len(jobs) - left} of {len(jobs)} runs done, {running} running, {made / steps:.0%} of the steps, {eta}"
+    eta = f"{(plan.steps - made) / rate / 60:.1f} min to go" if rate > 0 else "starting"
+    done = f"{plan.num_runs - left} of {plan.num_runs} runs done"
+    return f"{done}, {running} running, {made / plan.steps:.0%} of the steps, {eta}"
 
 
 def _write(known: Results, out: Path) -> None:

@@ -40,6 +40,21 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """A setting of which each arm is given its own best value: by trials, one a value, of a seed that no other run has.
+
+    key: the setting. values: that are tried; the least loss of the last validation decides.
+    """
+
+    key: str
+    values: list[float]
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) < 2:
+            raise ValueError(f"values is {self.values}, but at least two are needed to choose from")
+
+
+@dataclass(frozen=True)
 class Study:
     """experiment: of conf/experiment, the backbone. arms: by name, the settings in which each differs from it, as
     `python -m train` takes them: a key, and a value that may be a whole plan of layers.
@@ -47,6 +62,7 @@ class Study:
     anchor: the arm whose parameters the others get. knob: the setting that is solved for in the others, and that the
     anchor states: the width of something that every token passes. seeds: how many; they are 0, 1, ….
     baseline: the arm that the others are compared with. context: tokens at which caches are weighed.
+    tuning: what is chosen for each arm by trials.
     curves: by name, arms that are one scheme at several ratios.
     shared: YAML anchors, which nothing reads.
     """
@@ -58,6 +74,7 @@ class Study:
     baseline: str
     seeds: int = 3
     context: int = 4096
+    tuning: Tuning | None = None
     contrasts: list[Contrast] = field(default_factory=list)
     interactions: list[Interaction] = field(default_factory=list)
     curves: dict[str, list[str]] = field(default_factory=dict)
@@ -69,7 +86,7 @@ class Study:
         for name, settings in self.arms.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"arms has one named '{name}', a folder's name; write letters, digits, _, . and -")
-            own = {"run.dir", "train.seed", *([] if name == self.anchor else [self.knob])}
+            own = self.own_settings - ({self.knob} if name == self.anchor else set())
             if taken := own.intersection(settings):
                 raise ValueError(f"arms.{name} sets {min(taken)}, which the study sets itself; leave it out")
         for where, name in self._named():
@@ -77,6 +94,11 @@ class Study:
                 raise ValueError(unknown_choice(where, name, list(self.arms)))
         if self.knob not in self.arms[self.anchor]:
             raise ValueError(f"arms.{self.anchor} is the anchor, so it has to set {self.knob}")
+
+    @property
+    def own_settings(self) -> set[str]:
+        """Which the study gives a run itself."""
+        return {"run.dir", "train.seed", self.knob, *([self.tuning.key] if self.tuning else [])}
 
     def _named(self) -> Iterable[tuple[str, str]]:
         yield "anchor", self.anchor

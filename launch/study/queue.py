@@ -1,4 +1,4 @@
-"""Runs side by side, each in a process of its own with one thread."""
+"""Runs side by side, each in a process of its own with one thread, shared out among the GPUs that there are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from launch.lock import is_locked
 from train.rundir import LOCK
@@ -19,28 +21,27 @@ PATIENCE = 60.0  # seconds to save in, once asked to stop
 
 @dataclass(frozen=True)
 class Job:
-    """One run. command: that makes it, and goes on with it where its directory is there already. steps: in all."""
+    """One run. command: that makes it, and goes on with it where its directory is there already. steps: in all.
+
+    trial: the value that it tries; None for a run that counts. tuned: the value that was chosen for its arm by trials.
+    """
 
     arm: str
     seed: int
     directory: Path
     command: list[str]
     steps: int
+    trial: float | None = None
+    tuned: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.arm}, seed {self.seed}"
+        return run_name(self.arm, self.seed) if self.trial is None else f"{self.arm}, trial of {self.trial:g}"
 
     @property
     def said(self) -> Path:
         """What its process wrote, which may end before it has a log."""
         return self.directory.with_suffix(".txt")
-
-    def reached(self) -> int:
-        """Steps that it has behind it, by its metrics; no more than there are, as a killed run trains some twice."""
-        with contextlib.suppress(OSError):
-            return min(self.steps, (self.directory / "metrics.jsonl").read_bytes().count(b'"grad_norm"'))
-        return 0
 
     def why(self) -> str:
         """The last thing it said of itself."""
@@ -51,6 +52,18 @@ class Job:
         return "it said nothing"
 
 
+def run_name(arm: str, seed: int) -> str:
+    """As failures name it."""
+    return f"{arm}, seed {seed}"
+
+
+def reached(directory: Path, steps: int) -> int:
+    """Steps that a run has behind it, by its metrics; no more than it has, as a killed run trains some twice."""
+    with contextlib.suppress(OSError):
+        return min(steps, (directory / "metrics.jsonl").read_bytes().count(b'"grad_norm"'))
+    return 0
+
+
 class Ended(NamedTuple):
     """A run whose process has ended, and its exit code."""
 
@@ -59,14 +72,20 @@ class Ended(NamedTuple):
 
 
 class Queue:
-    """At most `workers` at once, in the order given.
+    """At most `workers` at once: trials first, then by seed, so that what is there when time is up can be compared.
 
+    gpus: ids; each run sees the one that fewest others use. Without any, a run sees what this process sees.
     Leaving the context asks those that run to save and end, and waits.
     """
 
-    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
-        self.waiting, self.workers = list(jobs), workers
+    def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
+        self.waiting: list[Job] = []
+        self.workers, self.gpus = workers, list(gpus)
         self.running: dict[subprocess.Popen[bytes], Job] = {}
+        self._gpu: dict[subprocess.Popen[bytes], str] = {}
+
+    def add(self, jobs: Iterable[Job]) -> None:
+        self.waiting = sorted([*self.waiting, *jobs], key=lambda job: (job.trial is None, job.seed))
 
     def __enter__(self) -> Queue:
         return self
@@ -99,6 +118,7 @@ class Queue:
                 continue
             self.waiting.remove(job)
             job.directory.parent.mkdir(parents=True, exist_ok=True)
+            gpu = self._freest_gpu()
             with job.said.open("wb") as said:
                 process = subprocess.Popen(
                     job.command,
@@ -106,6 +126,19 @@ class Queue:
                     stdout=said,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches this process alone, which asks for an orderly end
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})},
                 )
             self.running[process] = job
+            if gpu:
+                self._gpu[process] = gpu
+
+    def _freest_gpu(self) -> str | None:
+        taken = [self._gpu[process] for process in self.running if process in self._gpu]
+        return min(self.gpus, key=taken.count, default=None)
+
+
+def visible_gpus() -> list[str]:
+    """Ids as CUDA_VISIBLE_DEVICES names them; none on a machine without."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
+    return [str(i) for i in range(torch.cuda.device_count())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -57,9 +58,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A run that was made to choose a setting. loss: of its last validation, in nats; None where it failed."""
+
+    arm: str
+    value: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One run that came to its end. sources: of the last validation, by name: loss, accuracy, bpb, facts.
-    curve: steps and their training losses, each the mean since the one before."""
+    curve: steps and their training losses, each the mean since the one before.
+    tuned: the value that trials chose for its arm; None where a study has no such setting."""
 
     arm: str
     seed: int
@@ -71,6 +82,7 @@ class Run:
     curve: list[list[float]]
     machine: str
     torch: str
+    tuned: float | None = None
 
 
 @dataclass
@@ -81,6 +93,7 @@ class Results:
     common: list[str]
     arms: dict[str, Arm]
     runs: list[Run] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
     def has(self, arm: str, seed: int) -> bool:
@@ -89,6 +102,17 @@ class Results:
     def by_seed(self, arm: str) -> dict[int, Run]:
         """The arm's runs."""
         return {run.seed: run for run in self.runs if run.arm == arm}
+
+    def tried(self, arm: str, value: float) -> bool:
+        return any(trial.arm == arm and trial.value == value for trial in self.trials)
+
+    def tuned(self, arm: str) -> float | None:
+        """The value that the arm's trials choose; None while some are to be made, or where all failed."""
+        tuning = self.study.tuning
+        if tuning is None or not all(self.tried(arm, value) for value in tuning.values):
+            return None
+        losses = {trial.value: trial.loss for trial in self.trials if trial.arm == arm and trial.loss is not None}
+        return min(losses, key=losses.__getitem__, default=None)
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -110,17 +134,24 @@ def go_on(directory: Path, results: Results) -> None:
     if not (directory / NAME).exists():
         return
     earlier = load(directory / NAME)
-    for run in earlier.runs:
-        if run.arm not in results.arms:
+    if (earlier.runs or earlier.trials) and earlier.study.tuning != results.study.tuning:
+        raise Refused(f"{directory / NAME} has results of arms tuned otherwise; choose another out=, or take it back.")
+    known: list[Run | Trial] = [*earlier.runs, *earlier.trials]
+    for measured in known:
+        name = measured.arm
+        if name not in results.arms:
             continue
-        old, new = earlier.arms[run.arm].arguments, results.arms[run.arm].arguments
+        old, new = earlier.arms[name].arguments, results.arms[name].arguments
         if old != new:
             changed = sorted(set(old) ^ set(new))[0]
             raise Refused(
-                f"{directory / NAME} has results of {run.arm} with other settings ({changed}); choose another out=, or "
+                f"{directory / NAME} has results of {name} with other settings ({changed}); choose another out=, or "
                 "take them back."
             )
-        results.runs.append(run)
+        if isinstance(measured, Run):
+            results.runs.append(measured)
+        elif measured.loss is not None:  # a trial that failed is made again, as other runs are
+            results.trials.append(measured)
 
 
 def arm_of(matched: Matched, arguments: list[str], context: int, values: Mapping[str, Any]) -> Arm:
@@ -138,7 +169,13 @@ def arm_of(matched: Matched, arguments: list[str], context: int, values: Mapping
     )  # fmt: skip
 
 
-def run_of(arm: str, seed: int, record: Record) -> Run:
+def trial_of(arm: str, value: float, record: Record | None) -> Trial:
+    """record: of its run directory; None where it failed."""
+    losses = [] if record is None else [line["val_loss"] for line in record.validations if "val_loss" in line]
+    return Trial(arm, value, losses[-1] if losses and math.isfinite(losses[-1]) else None)
+
+
+def run_of(arm: str, seed: int, record: Record, tuned: float | None) -> Run:
     """Of a run directory."""
     quantity = {q.key: q.of for q in QUANTITIES}
     environment = record.environment
@@ -153,6 +190,7 @@ def run_of(arm: str, seed: int, record: Record) -> Run:
         curve=_curve(record),
         machine=str(environment.get("layout", {}).get("device") or environment.get("machine", "")),
         torch=str(environment.get("packages", {}).get("torch", "")),
+        tuned=tuned,
     )
 
 

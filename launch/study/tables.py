@@ -17,7 +17,9 @@ Measure = tuple[str, str, Value]
 def document(results: Results, pictures: Sequence[tuple[str, str, str]] = ()) -> str:
     """The whole as Markdown. pictures: file, title and caption of each."""
     parts = ["# Study", "\n".join(f"- {note}" for note in notes(results))]
-    for table in (arms(results), differences(results), *contrasts(results), *squares(results), *curves(results)):
+    for table in (
+        arms(results), differences(results), *contrasts(results), *squares(results), *curves(results), trials(results),
+    ):  # fmt: skip
         if table.body:
             parts.append(f"## {table.title}\n\n{markdown(table)}")
     parts += [f"![{title}]({file})\n\n{title}. {caption}" for file, title, caption in pictures]
@@ -44,6 +46,7 @@ def notes(results: Results) -> Iterator[str]:
             f"to within half of a unit of that width ({unit:,} parameters); the largest rest is {off:,}. Rows of "
             "tables, of which a token takes one, count as neither, and stand apart."
         )
+    yield from _tuning(results)
     odd = [name for name, arm in results.arms.items() if arm.cache.declared != arm.cache.measured]
     weighed = f"Cache: bytes in bf16 at {study.context:,} tokens of one sequence, for each token"
     yield f"{weighed}, declared = measured" + (f", except of {', '.join(odd)}." if odd else ".")
@@ -59,6 +62,18 @@ def notes(results: Results) -> Iterator[str]:
         yield f"Failed: {name}: {why}"
 
 
+def _tuning(results: Results) -> Iterator[str]:
+    tuning = results.study.tuning
+    if tuning is None:
+        return
+    chosen = [results.tuned(name) for name in results.arms]
+    taken = [f"{value:g} by {chosen.count(value)}" for value in sorted(tuning.values)]
+    yield (
+        f"{tuning.key} is chosen for every arm, by the least held-out loss of one trial a value, of a seed that no run "
+        f"that counts has. Chosen: {', '.join(taken)}."
+    )
+
+
 def measures(results: Results) -> list[Measure]:
     """What arms are compared in."""
     return [
@@ -69,7 +84,7 @@ def measures(results: Results) -> list[Measure]:
 
 def arms(results: Results) -> Table:
     """An arm a row, by its cache, the largest first."""
-    kinds = measures(results)
+    kinds, tuning = measures(results), results.study.tuning
     ordered = sorted(results.arms, key=lambda name: -results.arms[name].cache.measured)
     body = []
     for name in ordered:
@@ -80,6 +95,7 @@ def arms(results: Results) -> Table:
                 f"{arm.cache.measured / arm.cache.context:,.5g}",
                 f"{arm.cache.growth:,.5g}",
                 *(spread(spread_of([value(run) for run in runs]), kind) for _, kind, value in kinds),
+                *([] if tuning is None else [f"{results.tuned(name) or UNKNOWN}"]),
                 f"{arm.width}",
                 f"{arm.total - arm.looked_up:,}",
                 f"{arm.active:,}",
@@ -90,6 +106,7 @@ def arms(results: Results) -> Table:
         )
     head = [
         "arm", f"KV B/token at {results.study.context:,}", "KV B/further token", *(heading for heading, _, _ in kinds),
+        *([] if tuning is None else [tuning.key]),
         results.study.knob, "total", "active", "rest", "looked up", "tokens/s",
     ]  # fmt: skip
     return Table("The arms", head, body, "numbers")
@@ -144,6 +161,18 @@ def curves(results: Results) -> Iterator[Table]:
             values = [spread(spread_of([value(run) for run in runs]), kind) for _, kind, value in kinds]
             body.append([name, f"{ratio(results, name):.3g}×", *values])
         yield Table(f"By ratio: {title}", ["arm", "ratio", *(heading for heading, _, _ in kinds)], body, "numbers")
+
+
+def trials(results: Results) -> Table:
+    """The held-out loss of each value that was tried in an arm."""
+    values = sorted(results.study.tuning.values) if results.study.tuning else []
+    losses = {(trial.arm, trial.value): trial.loss for trial in results.trials}
+    body = [
+        [name, *(UNKNOWN if (loss := losses.get((name, value))) is None else f"{loss:.3f}" for value in values)]
+        for name in (results.arms if losses else ())
+    ]
+    key = results.study.tuning.key if results.study.tuning else ""
+    return Table(f"Trials of {key}: held-out loss, nats", ["arm", *(f"{value:g}" for value in values)], body, "numbers")
 
 
 def ratio(results: Results, name: str) -> float:
