@@ -14,7 +14,8 @@ WIDTH = 120
 HEAD = """# Claims of the press, judged
 
 What the press and the surveys of May 2026 say of these schemes, one by one. Every verdict follows from what the models
-of `conf/model` hold when they are built, allocate for a cache, and compute. The page is written by
+of `conf/model` hold when they are built, allocate for a cache, and compute; the ninth from the losses that are kept in
+`docs/study/study.json`. The page is written by
 
     python -m models claims --out docs/claims.md
 
