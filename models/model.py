@@ -104,6 +104,13 @@ class Model(nn.Module):
         """The blocks in order of depth, then those of multi-token prediction."""
         return self.depths() + [module.block for module in self.mtp if isinstance(module, Prediction)]
 
+    def trained_names(self) -> list[str]:
+        """Of the trained blocks, for people: the depth from 0 on, or how many further tokens multi-token prediction is
+        at, from 1 on; of one module for all of these, their range."""
+        whole = self.mtp_depth > len(self.mtp)
+        ahead = [f"mtp 1-{self.mtp_depth}"] if whole else [f"mtp {depth}" for depth in range(1, self.mtp_depth + 1)]
+        return [str(depth) for depth in range(len(self.blocks))] + ahead
+
     def units(self) -> list[nn.Module]:
         """What is compiled and sharded whole: the blocks, and the modules of multi-token prediction."""
         return [*self.blocks, *self.mtp]

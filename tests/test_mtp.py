@@ -217,6 +217,7 @@ def test_trained(shared: bool) -> None:
     loads = [int(report["load"].sum()) for report in losses.reports]
     each = ids.numel() * SIGMOID["top_k"]
     assert loads == [each, 2 * each] if shared else [each, each, each]
+    assert model.trained_names() == (["0", "mtp 1-2"] if shared else ["0", "mtp 1", "mtp 2"])
     after = [buffer for name, buffer in model.named_buffers() if name.endswith("router.bias")]
     before = [buffer.clone() for buffer in after]
     assert len(before) == len(loads)

@@ -22,7 +22,7 @@ from launch.report.content import Content, content
 from launch.report.heldout import held_out
 from launch.report.plots import curves
 from launch.report.plots.canvas import draw, spaced
-from launch.report.plots.load import layer_map
+from launch.report.plots.load import layer_map, names_of_rows
 from launch.report.plots.menu import PLOTS
 from launch.report.record import Record, read
 from tests import browser, runs
@@ -36,7 +36,10 @@ needs_browser = pytest.mark.skipif(not browser.is_here(), reason="needs Chromium
 ARMS = {
     "gqa_0": [],
     "gqa_1": ["train.seed=1"],
-    "mha": ["attention.kv_heads=2"],
+    "mha": [
+        "attention.kv_heads=2",
+        "+model.mtp={scheme:concat,depth:1,layer:{attention:${attention},feedforward:${moe}}}",
+    ],
 }
 SKILL = {"gqa_0": 0.9, "gqa_1": 0.7, "mha": 0.5}
 LENGTHS, DEPTHS, PAIRS, HOPS = (64, 128, 256), (0, 0.5, 1), (4, 8), (0, 1, 2)
@@ -213,6 +216,9 @@ def test_the_load_by_layer_is_the_seeds_mean(plain: Path) -> None:
     loads = [[line["load"] for line in record.steps] for record in arm.records]
     assert found[0] == 16 * 64
     assert found[1] == pytest.approx(np.mean(loads, axis=0).T)
+    with_prediction = read(plain / "mha")
+    assert names_of_rows(with_prediction.model) == ["0", "1", "mtp 1"]
+    assert all(len(line["load"]) == 3 for line in with_prediction.steps)
 
 
 def test_an_arm_without_a_validation_does_not_change_what_the_others_are_judged_by(plain: Path, tmp_path: Path) -> None:

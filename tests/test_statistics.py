@@ -60,7 +60,7 @@ def test_numbers_are_what_they_say(expected: Any) -> None:
     assert math.sqrt(sum(squares)) == pytest.approx(norm, rel=1e-12)  # of the gradient before it is clipped
     assert {name: values["update_rms"] for name, values in line["parameters"].items()} == pytest.approx(updates)
     assert all(0 < values["rms"] <= values["max"] for values in line["parameters"].values())
-    assert list(line["activations"]) == ["0", "1"]
+    assert list(line["activations"]) == list(line["experts"]) == ["0", "1", "mtp 1"]
     assert all(0 < values["rms"] < values["max"] for values in line["activations"].values())
     of_each = [ROWS * 12 * 2] * 3  # two layers, and multi-token prediction's one
     assert [sum(loads) for loads in line["experts"].values()] == of_each

@@ -1,4 +1,7 @@
-"""What one step did to every parameter, and what flowed through every block: statistics.jsonl, at chosen steps."""
+"""What one step did to every parameter, and what flowed through every block: statistics.jsonl, at chosen steps.
+
+Blocks go by their depth from 0 on, those of multi-token prediction as `mtp 1`, `mtp 2`, …
+"""
 
 from __future__ import annotations
 
@@ -31,21 +34,22 @@ class Watch:
     def __init__(self, model: Model, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.parameters = dict(model.named_parameters())
-        self.blocks = [torch.zeros(2, dtype=torch.float64, device=mesh.device_type) for _ in model.blocks]
-        self.highest = [torch.zeros((), dtype=torch.float64, device=mesh.device_type) for _ in model.blocks]
+        self.names = model.trained_names()
+        self.blocks = [torch.zeros(2, dtype=torch.float64, device=mesh.device_type) for _ in self.names]
+        self.highest = [torch.zeros((), dtype=torch.float64, device=mesh.device_type) for _ in self.names]
         self.hooks = [
-            # outside the compiled block, so that watching a step compiles nothing anew
-            block.register_forward_hook(torch.compiler.disable(self._hook(layer)))
-            for layer, block in enumerate(model.blocks)
+            # outside the compiled unit, so that watching a step compiles nothing anew
+            unit.register_forward_hook(torch.compiler.disable(self._hook(index)))
+            for index, unit in enumerate(model.units())
         ]
         self.gradients: list[Tensor] = []
         self.before: list[Tensor] = []
 
-    def _hook(self, layer: int) -> Any:
+    def _hook(self, index: int) -> Any:
         def note(_: object, __: object, output: Any) -> None:
             x = output[0].residual.detach()
-            self.blocks[layer] += torch.stack((_square(x), torch.full_like(self.blocks[layer][0], x.numel())))
-            self.highest[layer] = torch.maximum(self.highest[layer], x.abs().amax().double())
+            self.blocks[index] += torch.stack((_square(x), torch.full_like(self.blocks[index][0], x.numel())))
+            self.highest[index] = torch.maximum(self.highest[index], x.abs().amax().double())
 
         return note
 
@@ -73,7 +77,7 @@ class Watch:
         self.table = torch.cat((everyone[..., :3].sum(0), everyone[..., 3:].amax(0)), -1)
 
     def line(self, step: int, table: Tensor, loads: Mapping[int, Tensor]) -> dict[str, Any]:
-        """table: `self.table` on the host. loads: by layer, the token copies of each expert."""
+        """table: `self.table` on the host. loads: by trained block, the token copies of each expert."""
         rows = iter(table.tolist())
         parameters = {}
         for name, parameter in self.parameters.items():
@@ -86,10 +90,10 @@ class Watch:
                 "update_rms": _root(update / size),
             }
         activations = {
-            str(layer): {"rms": _root(square / max(count, 1)), "max": highest}
-            for layer, (square, count, _, highest) in enumerate(rows)
+            name: {"rms": _root(square / max(count, 1)), "max": highest}
+            for name, (square, count, _, highest) in zip(self.names, rows, strict=True)
         }
-        experts = {str(layer): load.tolist() for layer, load in loads.items()}
+        experts = {self.names[index]: load.tolist() for index, load in loads.items()}
         return {"step": step, "parameters": parameters, "activations": activations, "experts": experts}
 
     def _counts(self, parameter: Tensor) -> float:

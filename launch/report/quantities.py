@@ -148,8 +148,9 @@ QUANTITIES = (
              "percent", lambda r: _over_steps(r, "mfu", statistics.median), "the peak of its device is not listed"),
     Quantity("peak_memory", "peak memory", "MB", "of the first rank: allocated on its GPU, or resident in its process",
              "megabytes", lambda r: _over_steps(r, "peak_memory", max), NO_STEP),
-    Quantity("load", "expert load", "max/mean", "the busiest expert's load ÷ the mean, over the layers and the last "
-             "twentieth of the steps; 1 is even", "ratio", _final_load, "it takes a step of a model with experts"),
+    Quantity("load", "expert load", "max/mean", "the busiest expert's load ÷ the mean, over the layers, multi-token "
+             "prediction's too, and the last twentieth of the steps; 1 is even", "ratio", _final_load,
+             "it takes a step of a model with experts"),
     Quantity("steps", "steps", "", "optimizer steps", "count", lambda r: float(r.last_step)),
     Quantity("tokens", "tokens", "", "consumed in training", "compact", lambda r: float(r.tokens)),
     Quantity("seconds", "time", "s", "of all steps and saves; start-up and validation are not in it", "seconds",

@@ -13,6 +13,8 @@ from launch.report.plots.canvas import WIDTH, Ink, Named, level, name_lines, sho
 from launch.report.plots.curves import over_seeds, smoothed, tokens
 from launch.report.quantities import load_balance
 from launch.report.record import Record
+from models.model import Model
+from models.moe.experts import Experts
 
 MOST_COLUMNS = 100
 
@@ -38,7 +40,8 @@ def mean_over_layers(comparison: Comparison, figure: Figure, ink: Ink) -> str | 
 
 
 def by_layer(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
-    """A strip an arm: a row for each layer with experts, tokens from left to right, the load as colour."""
+    """A strip an arm: a row for each layer with experts, those of multi-token prediction last, tokens from left to
+    right, the load as colour."""
     maps = [(arm, found) for arm in comparison.arms if (found := layer_map(arm)) is not None]
     if not maps:
         return None
@@ -53,14 +56,28 @@ def by_layer(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
                             extent=(0, end, len(loads) - 0.5, -0.5))  # fmt: skip
         axes.grid(False)
         axes.set_title(short(arm.name), loc="left", fontsize=9)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        named = names_of_rows(arm.records[0].model)
+        rows_of_depth = [row for row, name in enumerate(named) if name.isdecimal()]
+        some = MaxNLocator(4, integer=True).tick_values(0, max(1, len(rows_of_depth) - 1))
+        ticks = [row for row in range(len(named)) if row in some or row not in rows_of_depth]
+        axes.set_yticks(ticks, [named[row] for row in ticks])
     tokens_below(panels[-1])
     panels[-1].set_xlim(0, max(end for _, (end, _) in maps))
     figure.supylabel("layer with experts, from the input", fontsize=9)
     assert image is not None
     figure.colorbar(image, ax=list(panels), label="busiest expert ÷ mean", extend="max", aspect=12)
-    worst = [(arm.name, int(np.argmax(loads[:, -1])), float(loads[:, -1].max())) for arm, (_, loads) in maps]
-    return "Least even at the end: " + ", ".join(f"{name} layer {row} ({load:.2f})" for name, row, load in worst) + "."
+    worst = []
+    for arm, (_, loads) in maps:
+        name = names_of_rows(arm.records[0].model)[int(np.argmax(loads[:, -1]))]
+        called = f"layer {name}" if name.isdecimal() else name
+        worst.append(f"{arm.name} {called} ({loads[:, -1].max():.2f})")
+    return f"Least even at the end: {', '.join(worst)}."
+
+
+def names_of_rows(model: Model) -> list[str]:
+    """Of the layers with experts, in the order of a step's loads: their depths, or `mtp 1` and so on."""
+    named = zip(model.trained_names(), model.trained_blocks(), strict=True)
+    return [name for name, block in named if any(isinstance(module, Experts) for module in block.modules())]
 
 
 def layer_map(arm: Arm) -> tuple[float, NDArray[np.float64]] | None:

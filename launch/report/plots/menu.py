@@ -31,7 +31,8 @@ PLOTS = (
          Against(("hops",), "hops to the value", doubling=False)),
     Plot("load.png", "Expert load", "The busiest expert's load ÷ the mean, over all layers, smoothed.",
          "a step of a model with experts", load.mean_over_layers),
-    Plot("load_layers.png", "Expert load by layer", "The same layer by layer, as colour.",
+    Plot("load_layers.png", "Expert load by layer", "The same layer by layer, as colour; mtp 1 is the layer that "
+         "predicts one further token.",
          "a step of a model with experts", load.by_layer),
     Plot("speed.png", "Throughput", "Median over the steps; the thin line spans the middle half of them.", "a step",
          training.speed),
