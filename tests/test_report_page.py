@@ -127,6 +127,9 @@ def test_alternative_texts_say_what_is_seen(made: Content) -> None:
     assert "variable_tracking: gqa 80% at 0, 60% at 1, 40% at 2" in words["by_hops.png"]
     assert "prose: gqa 2.200, mha 2.500; code: gqa 1.200, mha 1.500" in words["sources.png"]
     assert "gqa 4.000 in the first bin, 2.200 in the last" in words["position.png"]
+    ahead = [line["mtp_loss"][0] for line in made.comparison.arms[1].records[0].steps]
+    gqa, mha = words["loss.png"].split("; mha: ")
+    assert f"mtp 1 {ahead[-1]:.3f}" in mha and "mtp" not in gqa
 
 
 def test_sources_are_grouped_over_seeds(made: Content) -> None:

@@ -151,13 +151,15 @@ def short(name: str) -> str:
 
 @dataclass(frozen=True)
 class Named:
-    """A line in a picture: whose it is, how it is drawn, and where it ends, in the axes' data."""
+    """A line in a picture: whose it is, how it is drawn, and where it ends, in the axes' data. thin: it is drawn so,
+    beside another of the same colour and dash, and a legend does not name it."""
 
     name: str
     colour: str
     dash: Dash
     x: float
     y: float
+    thin: bool = False
 
 
 def name_lines(figure: Figure, axes: Axes, ink: Ink, lines: Sequence[Named]) -> None:
@@ -169,14 +171,15 @@ def name_lines(figure: Figure, axes: Axes, ink: Ink, lines: Sequence[Named]) -> 
     near_the_right = all(line.x >= right - 0.06 * (right - left) for line in lines)
     short = len(lines) <= MOST_NAMES and all(len(line.name) <= LONGEST_NAME for line in lines)
     if not (near_the_right and short):
-        legend(figure, [(line.name, line.colour, line.dash) for line in lines])
+        legend(figure, [(line.name, line.colour, line.dash) for line in lines if not line.thin])
         return
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(np.clip(to_axes.transform((line.x, line.y))[1], 0.0, 1.0)) for line in lines]
     for line, height in zip(lines, spaced(wanted, gap=0.065), strict=True):
         axes.annotate(
             line.name, (1.0, height), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
-            va="center", color=ink.label(line.colour), fontweight="bold", fontsize=9, annotation_clip=False,
+            va="center", color=ink.label(line.colour), fontweight="normal" if line.thin else "bold", fontsize=9,
+            annotation_clip=False,
         )  # fmt: skip
 
 

@@ -34,10 +34,10 @@ class Curve:
         some = slice((len(self.x) - 1) % (step := math.ceil(len(self.x) / MOST_POINTS)), None, step)
         return Curve(self.x[some], self.mean[some], self.low[some], self.high[some], self.seeds)
 
-    def line(self, axes: Axes, colour: str, dash: Dash, marker: str = "") -> None:
+    def line(self, axes: Axes, colour: str, dash: Dash, marker: str = "", width: float = 1.3) -> None:
         """The mean as a line, the seeds' spread as a band."""
         some = self.thinned()
-        axes.plot(some.x, some.mean, color=colour, linestyle=dash, linewidth=1.3, marker=marker, markersize=4)
+        axes.plot(some.x, some.mean, color=colour, linestyle=dash, linewidth=width, marker=marker, markersize=4)
         if self.seeds > 1:
             axes.fill_between(some.x, some.low, some.high, color=colour, alpha=0.18, linewidth=0)
 

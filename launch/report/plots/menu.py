@@ -10,7 +10,8 @@ GUESS = "Averaged over the other lengths and depths. Hollow: the null, whose ans
 
 # fmt: off
 PLOTS = (
-    Plot("loss.png", "Loss over training", "Lines: training, smoothed. Dots: held-out. Bands: from the least to the "
+    Plot("loss.png", "Loss over training", "Lines: training, smoothed. Dots: held-out. Thin lines: the tokens "
+         "further ahead, of multi-token prediction (mtp 1 is one further than the next). Bands: from the least to the "
          "most of the seeds.", "a step", training.loss_over_tokens),
     Plot("loss_time.png", "Loss over time", "The same against the time of all steps and saves; start-up and "
          "validation are not in it.", "a step, and all runs one kind of machine, ranks and threads",

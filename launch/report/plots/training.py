@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from launch.report.compare import Comparison
+from launch.report.compare import Arm, Comparison
 from launch.report.plots.canvas import Ink, Named, level, name_lines, short, styled, tokens_below
-from launch.report.plots.curves import over_seeds, seconds, smoothed, tokens
+from launch.report.plots.curves import Curve, over_seeds, seconds, smoothed, tokens
 from launch.report.record import Record
 from launch.report.show import compact, shown
 
 
 def loss_over_tokens(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
-    """Training loss as lines, held-out loss as dots."""
+    """Training loss as lines, held-out loss as dots, multi-token prediction's loss as thin lines."""
     return _loss(comparison, figure, ink, tokens, tokens_below, lambda value: f"{compact(value)} tokens")
 
 
@@ -64,6 +64,11 @@ def _loss(
         if held_out is not None:
             held_out.dots(axes, colour)
             last += f", held-out {held_out.mean[-1]:.3f}"
+        for depth, curve in enumerate(_further(arm, x), 1):
+            curve.line(axes, colour, dash, width=0.6)
+            ends.append(Named(f"mtp {depth}", colour, dash, float(curve.x[-1]), float(curve.mean[-1]), thin=True))
+            last += f", mtp {depth} {curve.mean[-1]:.3f}"
+            ceilings.append(float(np.max(curve.high[len(curve.x) // 10 :])))
         words.append(f"{arm.name}: {last}")
         ends.append(Named(arm.name, colour, dash, float(trained.x[-1]), float(trained.mean[-1])))
         # the first steps fall steeply from chance and would flatten everything that is worth seeing
@@ -78,6 +83,21 @@ def _loss(
     axes.set_ylabel("loss (nats per token)")
     name_lines(figure, axes, ink, ends)
     return "; ".join(words) + "."
+
+
+def _further(arm: Arm, x: Callable[[Record], Mapping[int, float]]) -> list[Curve]:
+    """The training loss of multi-token prediction, by how many further tokens it is ahead; none without it."""
+    curves = []
+    for depth in range(max((record.model.mtp_depth for record in arm.records), default=0)):
+
+        def loss(record: Record, depth: int = depth) -> dict[int, float]:
+            known = [line for line in record.steps if len(line.get("mtp_loss", ())) > depth]
+            return smoothed({line["step"]: float(line["mtp_loss"][depth]) for line in known})
+
+        curve = over_seeds(arm.records, x, loss)
+        if curve is not None:
+            curves.append(curve)
+    return curves
 
 
 def speed(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
