@@ -46,6 +46,9 @@ TINY = (
 )  # fmt: skip
 """Overrides for a run of seconds on the corpus that `write_text` makes; two layers with a mixture of experts."""
 
+MTP = "+model.mtp={scheme:concat,depth:1,layer:{attention:${attention},feedforward:${moe}}}"
+"""Gives such a run multi-token prediction."""
+
 
 def write_text(folder: Path) -> None:
     """A corpus in the folder `corpus`: short documents of random tokens below 64, so that windows hold borders."""

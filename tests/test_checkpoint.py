@@ -343,8 +343,9 @@ def test_another_architecture_is_refused(tmp_path: Path, change: dict[str, Any],
     template = state(0.0)
     template["model"] |= change
     template["model"] = {name: value for name, value in template["model"].items() if value is not None}
-    with pytest.raises(Refused, match=named):
-        checkpoints.load(template)
+    for optional in (None, "model.mtp"):
+        with pytest.raises(Refused, match=named):
+            checkpoints.load(template, optional=optional)
     assert not any(value.any() for value in template["model"].values() if isinstance(value, Tensor))
     assert names(tmp_path) == ["step_00000001"]
 

@@ -27,7 +27,7 @@ from launch.report.plots.menu import PLOTS
 from launch.report.record import Record, read
 from tests import browser, runs
 from tests.browser import Browser
-from tests.runs import TINY
+from tests.runs import MTP, TINY
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # of a picture whose parts have no room
 
@@ -36,10 +36,7 @@ needs_browser = pytest.mark.skipif(not browser.is_here(), reason="needs Chromium
 ARMS = {
     "gqa_0": [],
     "gqa_1": ["train.seed=1"],
-    "mha": [
-        "attention.kv_heads=2",
-        "+model.mtp={scheme:concat,depth:1,layer:{attention:${attention},feedforward:${moe}}}",
-    ],
+    "mha": ["attention.kv_heads=2", MTP],
 }
 SKILL = {"gqa_0": 0.9, "gqa_1": 0.7, "mha": 0.5}
 LENGTHS, DEPTHS, PAIRS, HOPS = (64, 128, 256), (0, 0.5, 1), (4, 8), (0, 1, 2)

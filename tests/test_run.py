@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import yaml
 
 from conf.compose import choices, compose, groups
 from tests import runs
-from tests.runs import TINY
+from tests.runs import MTP, TINY
 from train.__main__ import main
 from train.config import read
 from train.metrics import Metrics
@@ -124,6 +125,26 @@ def test_weights_alone_are_the_start(place: Path, tmp_path: Path, name: str) -> 
     # once it has a checkpoint of its own it goes on from that, wherever the other is
     arguments = [argument for argument in arguments if not argument.startswith(("train.init", "train.steps"))]
     assert "resumed from step 1" in runs.train(tmp_path, [*arguments, "train.init=nowhere", "train.steps=2"])
+
+
+def test_multi_token_prediction_can_be_added_and_dropped(place: Path, tmp_path: Path) -> None:
+    """All other weights are those of the start, which an update of size zero leaves as they are; a resume is strict."""
+    arguments = [*TINY, f"data.train.path={place / 'corpus'}", "optimizer.learning_rate=0", "moe.bias_rate=0"]
+    without = [*arguments, "run.dir=without", f"train.init={tmp_path / 'with'}"]
+    for run, said in (
+        ([*arguments, MTP, "run.dir=with", f"train.init={place / 'done'}"], "has no model.mtp.*, which starts as it"),
+        (without, "has model.mtp.*, which this model is without"),
+    ):
+        assert runs.train(tmp_path, [*run, "train.steps=1"]).count(said) == 1
+    states = runs.state(place / "done", 8), runs.state(tmp_path / "with", 1), runs.state(tmp_path / "without", 1)
+    first, added, dropped = ({k: v for k, v in state.items() if k.startswith("model.")} for state in states)
+    assert dropped.keys() == first.keys() == {name for name in added if not name.startswith("model.mtp.")}
+    assert all(torch.equal(first[name], other[name]) for name in first for other in (added, dropped))
+    assert 0.1 < added["model.mtp.0.join.projection.weight"].std() / first["model.head.weight"].std() < 10
+    shutil.rmtree(tmp_path / "without" / "checkpoints")
+    shutil.copytree(tmp_path / "with" / "checkpoints", tmp_path / "without" / "checkpoints")
+    resumed = runs.start(tmp_path, [*without, "train.steps=2"])
+    assert resumed.end() == 2 and "model.mtp.0" in resumed.printed() and "unknown here" in resumed.printed()
 
 
 def test_old_checkpoints_go(place: Path) -> None:

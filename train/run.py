@@ -188,7 +188,8 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, fin
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
         return Progress(**checkpoint.state["progress"])
     if config.train.init is not None:
-        weights = checkpoints.load({"model": engine.state()["model"]}, Path(config.train.init))
+        # multi-token prediction stands beside the model, and can be added to one, or dropped
+        weights = checkpoints.load({"model": engine.state()["model"]}, Path(config.train.init), optional="model.mtp")
         engine.load_weights(weights.state["model"])
         log.info("started from the weights of %s", weights.path)
     return Progress()

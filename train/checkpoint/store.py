@@ -140,11 +140,12 @@ class Checkpoints:
         self.wait()
         return self._peers.first(lambda: next(iter(folders.complete(self.folder)), None))
 
-    def load(self, state: Tree, path: Path | None = None) -> Checkpoint:
+    def load(self, state: Tree, path: Path | None = None, optional: str | None = None) -> Checkpoint:
         """Fill the tensors of `state` in place from a verified checkpoint; return it with plain values replaced too.
 
         path: a checkpoint, or a run's folder for its newest; None for this run's newest good one. Parts that `state`
         does not name at its top level are not read: `{"model": …}` reads the weights alone.
+        optional: a part, by its path, that either may be wholly without: then it stays as it is, or is not read.
 
         A bad checkpoint is named, set aside and the previous one used. Raises Refused, with nothing changed, if none is
         left, if the one at `path` is bad, or if it does not fit `state`.
@@ -162,6 +163,8 @@ class Checkpoints:
 
         table = read_table(candidate)
         values: dict[str, Any] = torch.load(candidate / PLAIN_FILE, weights_only=True)
+        if optional is not None:
+            tensors, table = self._without(candidate, tensors, table, f"{optional}.")
         self._check(candidate, tensors, plain, table, values)
         if path is None:
             self._set_aside(bad)
@@ -225,6 +228,20 @@ class Checkpoints:
             return manifest
         problems = self._peers.each(lambda: manifest.problem(path, self._peers.rank, self._peers.size))
         return next(filter(None, problems), manifest)
+
+    def _without(
+        self, path: Path, tensors: dict[str, Tensor], table: Table, part: str
+    ) -> tuple[dict[str, Tensor], Table]:
+        """What is to be read and what there is, less the part that one of them has not."""
+        here = any(self._peers.each(lambda: any(name.startswith(part) for name in tensors)))
+        there = any(name.startswith(part) for name in table)
+        if here and not there:
+            self._log(logging.INFO, "%s has no %s*, which starts as it was initialised", path, part)
+            return {name: tensor for name, tensor in tensors.items() if not name.startswith(part)}, table
+        if there and not here:
+            self._log(logging.INFO, "%s has %s*, which this model is without and leaves out", path, part)
+            return tensors, {name: entry for name, entry in table.items() if not name.startswith(part)}
+        return tensors, table
 
     def _check(
         self,
