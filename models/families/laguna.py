@@ -198,18 +198,11 @@ def _rotary_to(attention: Any) -> dict[str, Any]:
 
 
 def _feedforward_to(layers: list[Layer], routed: list[bool]) -> dict[str, Any]:
-    hf: dict[str, Any] = {}
-    if not all(routed):
-        hf["intermediate_size"] = layers[routed.index(False)].feedforward.hidden
+    hf = plan.widths_to(layers)
     if any(routed):
         moe = layers[routed.index(True)].feedforward
-        hf |= {
-            "num_experts": moe.experts,
-            "num_experts_per_tok": moe.top_k,
-            "moe_intermediate_size": moe.hidden,
-            "shared_expert_intermediate_size": moe.shared_hidden,
-            "moe_routed_scaling_factor": moe.router.scaling,
-        }
+        hf["shared_expert_intermediate_size"] = moe.shared_hidden
+        hf["moe_routed_scaling_factor"] = moe.router.scaling
     return hf
 
 

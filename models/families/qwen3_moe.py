@@ -121,18 +121,11 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": rope.rope_to(a.rope),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [depth for depth, has_experts in enumerate(routed) if not has_experts],
+        **plan.widths_to(layers),
         **rope.positions_to(a.rope),
     }
-    if not all(routed):
-        hf["intermediate_size"] = layers[routed.index(False)].feedforward.hidden
     if any(routed):
-        moe = layers[routed.index(True)].feedforward
-        hf |= {
-            "num_experts": moe.experts,
-            "num_experts_per_tok": moe.top_k,
-            "moe_intermediate_size": moe.hidden,
-            "norm_topk_prob": moe.router.normalise,
-        }
+        hf["norm_topk_prob"] = layers[routed.index(True)].feedforward.router.normalise
     return plan.verified(config, hf, config_from)
 
 

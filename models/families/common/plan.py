@@ -44,6 +44,23 @@ def routed(depths: list[Layer]) -> list[bool]:
     return [hasattr(layer.feedforward, "experts") for layer in depths]
 
 
+def widths_to(depths: list[Layer]) -> dict[str, Any]:
+    """Keys of config.json, as Qwen3-MoE and Laguna call them, for the dense layers and for those with experts, where
+    there are any."""
+    has_experts = routed(depths)
+    hf = {}
+    if not all(has_experts):
+        hf["intermediate_size"] = depths[has_experts.index(False)].feedforward.hidden
+    if any(has_experts):
+        moe = depths[has_experts.index(True)].feedforward
+        hf |= {
+            "num_experts": moe.experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.hidden,
+        }
+    return hf
+
+
 def verified(
     model: ModelConfig, published: dict[str, Any], config_from: Callable[[Mapping[str, Any]], ModelConfig]
 ) -> dict[str, Any]:
