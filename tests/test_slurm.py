@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests import runs, slurm_cluster
-from tests.ranks import CONTEXT
 from tests.runs import TINY
 from tests.slurm_cluster import SlurmCluster
+from tests.slurm_jobs import attempt_log, launch, status, submit, verdict, verdicts
 
 ROOT = Path(__file__).parents[1]
 STEPS = 80
@@ -53,61 +53,6 @@ def place(tmp_path: Path) -> Path:
     """A folder with a corpus."""
     runs.write_text(tmp_path)
     return tmp_path
-
-
-def launch(slurm: SlurmCluster, folder: Path, *arguments: str, path: str | None = None) -> tuple[int, str]:
-    """`python -m launch` with these arguments in `folder`: the exit code, and what it prints."""
-    output = folder.parent / f"{folder.name}_launch.txt"
-    variables = {**slurm.environment, **({"PATH": path} if path is not None else {})}
-    process = CONTEXT.Process(target=_launch, args=(folder, variables, list(arguments), output))
-    process.start()
-    process.join()
-    printed = output.read_text()
-    output.unlink()
-    return process.exitcode or 0, printed
-
-
-def _launch(folder: Path, variables: dict[str, str], arguments: list[str], output: Path) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(folder)
-    os.environ |= variables
-    from launch.__main__ import main
-
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.exit(code)
-
-
-def submit(slurm: SlurmCluster, folder: Path, *arguments: str) -> int:
-    """The number of the job."""
-    code, printed = launch(slurm, folder, "submit", *arguments)
-    assert code == 0, printed
-    return int(re.findall(r"^job (\d+);", printed, re.MULTILINE)[0])
-
-
-def status(slurm: SlurmCluster, folder: Path, run: str) -> str:
-    """Its line, from the second word on."""
-    code, printed = launch(slurm, folder, "status", run)
-    assert code == 0, printed
-    return " ".join(printed.split()[1:])
-
-
-def attempt_log(run: Path, job: int, attempt: int) -> str:
-    file = run / "job" / f"{job}_attempt_{attempt}.log"
-    return file.read_text() if file.exists() else ""
-
-
-def verdicts(run: Path, job: int, attempt: int) -> list[str]:
-    return re.findall(rf"^job {job}, attempt {attempt}, (exit .*)$", attempt_log(run, job, attempt), re.MULTILINE)
-
-
-def verdict(run: Path, job: int, attempt: int) -> str:
-    """The last line of an attempt: from `exit CODE` on."""
-    lines = verdicts(run, job, attempt)
-    assert lines, f"attempt {attempt} has said nothing:\n{attempt_log(run, job, attempt)}"
-    return str(lines[-1])
 
 
 def started(run: Path) -> list[int]:
