@@ -44,6 +44,15 @@ def test_every_shipped_model_is_described(name: str) -> None:
     assert re.search(rf"(–|layer ){last}  ×", picture(found, model))
 
 
+def test_what_stands_around_the_layers_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2 = said(capsys, "describe", "gpt2")
+    assert "learned positions for 1024 tokens, added to the embedding, layer norms\n" in gpt2
+    assert json.loads(said(capsys, "describe", "gpt2", "--json"))["positions"] == 1024
+    gemma = said(capsys, "describe", "gemma4_e2b")
+    assert "a norm after each sublayer too, each layer scaled, logits within ± 30\n" in gemma
+    assert "positions" not in gemma
+
+
 def test_a_layer_of_deepseek_v3_leaves_a_latent_and_a_rotated_key(capsys: pytest.CaptureFixture[str]) -> None:
     layer = json.loads(said(capsys, "describe", "deepseek_v3", "--json"))["layers"][60]
     (slot,) = layer["slots"]

@@ -13,7 +13,7 @@ from conf.schema import Refused
 from models import cost
 from models.commands.named import Named, named
 from models.commands.overview import count
-from models.config import Layer, LayerPlan, resolve, resolve_mtp
+from models.config import Layer, LayerPlan, ModelConfig, resolve, resolve_mtp
 from models.contract import Slot
 from models.model import Model
 
@@ -35,7 +35,13 @@ def as_mapping(found: Named, model: Model) -> dict[str, Any]:
         "vocab": config.vocab,
         "width": config.width,
         "tied": config.tied,
+        "positions": config.positions,
+        "norm": config.norm,
         "norm_eps": config.norm_eps,
+        "post_norm": config.post_norm,
+        "block_scale": config.block_scale,
+        "embedding_scale": config.embedding_scale,
+        "logit_cap": config.logit_cap,
         "residual": dict(config.residual),
         "total": size.total,
         "active": size.active,
@@ -52,6 +58,7 @@ def picture(found: Named, model: Model) -> str:
     lines = [
         f"{found.name}: {count(size.total)} parameters, {count(size.active)} active",
         f"vocabulary {config.vocab}, width {config.width}, head {head}, residual {config.residual['scheme']}",
+        *_around(config),
         f"cache grows by {cost.kv_bytes_per_token(model):,.0f} bytes a token",
     ]
     for _, same in groupby(
@@ -75,6 +82,24 @@ def picture(found: Named, model: Model) -> str:
         lines += ["", head + f"{count(size.mtp)} parameters"]
         lines += [_wrapped(name, mtp[name]) for name in ("attention", "feedforward")]
     return "\n".join(lines)
+
+
+def _around(config: ModelConfig) -> list[str]:
+    """What is not as most models have it, on a line."""
+    words = []
+    if config.positions is not None:
+        words.append(f"learned positions for {config.positions} tokens, added to the embedding")
+    if config.embedding_scale != 1.0:
+        words.append(f"embedding times {config.embedding_scale:g}")
+    if config.norm == "layer":
+        words.append("layer norms")
+    if config.post_norm:
+        words.append("a norm after each sublayer too")
+    if config.block_scale:
+        words.append("each layer scaled")
+    if config.logit_cap is not None:
+        words.append(f"logits within ± {config.logit_cap:g}")
+    return [", ".join(words)] if words else []
 
 
 def _layers(model: Model) -> list[dict[str, Any]]:
