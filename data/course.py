@@ -1,18 +1,25 @@
 """Which window of which source each sample of a run is.
 
 A run is cut into *legs*, each with one sequence length and one set of weights. `Interleave` says which source each
-window of a leg comes from. Each source is read on its own: it runs through its epochs in its own order, and goes on
-across the border of a leg where it stood, at the next whole window of the new length. So nothing of a source comes
-twice in one of its epochs, whatever the weights do; and because a leg knows only those before it, a later leg changes
-nothing.
+window of a leg comes from, and looks ahead over the legs of the same length that follow, so that every source stays
+within one window of its share across them. Where the length changes, what a source is behind, less than one window of
+the old length, is made up for in the new one; among four or more sources it can then be further behind, by fractions
+of a window.
+
+Each source is read on its own: it runs through its epochs in its own order, and goes on across the border of a leg
+where it stood, at the next whole window of the new length. So nothing of a source comes twice in one of its epochs,
+whatever the weights do. A run that is resumed starts from its `Standing`, so that this holds too where the legs ahead
+are no longer those that it looked at.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
+from typing import Any
 
 from conf.schema import Refused
 from data.interleave import Interleave
@@ -29,48 +36,8 @@ class Leg:
     weights: Weights | None = None
 
 
-class Course:
-    """The samples of a run, counted from its start.
-
-    A pure function of the mixture's fingerprint, the seed, and the legs up to the sample.
-    seed: with which it will be read. Raises Refused where a source that has a share has no window of a leg's length.
-    """
-
-    num_tokens: int | None = None
-
-    def __init__(self, mixture: Mixture, legs: Sequence[Leg], seed: int) -> None:
-        self.vocab = mixture.vocab
-        self.fingerprint = mixture.fingerprint
-        self.names = list(mixture.sources)
-        self._sources = list(mixture.sources.values())
-        self._legs: list[_Placed] = []
-        for sequence_length, num_samples, shares in _joined(mixture, legs):
-            begin = self._legs[-1].end() if self._legs else _Standing.start(len(shares))
-            self._legs.append(_Placed(begin, sequence_length, num_samples, shares))
-            for name, share in zip(self.names, shares, strict=True):
-                if share:
-                    _check_length(mixture, name, sequence_length, seed)
-
-    def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
-        """Sample `index`. Raises ValueError where the run has none of that length there."""
-        leg = self._leg(index)
-        if leg.sequence_length != sequence_length or index >= leg.begin.samples + leg.num_samples:
-            raise ValueError(f"sample {index} of {sequence_length} tokens is none of this run")
-        which, rank = leg.order.place(index - leg.begin.samples)
-        return self._sources[which].window(leg.first_window[which] + rank, sequence_length, lookahead, seed)
-
-    def consumed(self, num_samples: int) -> dict[str, int]:
-        """Windows of each source among the first samples of the run."""
-        leg = self._leg(num_samples)
-        counts = zip(leg.begin.windows, leg.order.counts(num_samples - leg.begin.samples), strict=True)
-        return dict(zip(self.names, map(sum, counts), strict=True))
-
-    def _leg(self, index: int) -> _Placed:
-        return self._legs[bisect_right(self._legs, index, key=lambda leg: leg.begin.samples) - 1]
-
-
 @dataclass(frozen=True)
-class _Standing:
+class Standing:
     """What lies behind a place in a run. samples: in all.
 
     windows, at, owed: of each source, how many were taken, the token up to which it was read, and by how many tokens it
@@ -83,29 +50,108 @@ class _Standing:
     owed: list[Fraction]
 
     @staticmethod
-    def start(num_sources: int) -> _Standing:
-        return _Standing(0, [0] * num_sources, [0] * num_sources, [Fraction(0)] * num_sources)
+    def start(num_sources: int) -> Standing:
+        return Standing(0, [0] * num_sources, [0] * num_sources, [Fraction(0)] * num_sources)
+
+    def plain(self) -> dict[str, Any]:
+        """In numbers and texts, as `read` takes them."""
+        return {"samples": self.samples, "windows": self.windows, "at": self.at, "owed": [str(x) for x in self.owed]}
+
+    @staticmethod
+    def read(plain: Mapping[str, Any]) -> Standing:
+        return Standing(**{**plain, "owed": [Fraction(text) for text in plain["owed"]]})
+
+
+class Course:
+    """The samples of a run, counted from its start.
+
+    A pure function of the mixture's fingerprint, the seed and the legs; from `standing` on, a course of the same legs
+    is the same.
+
+    seed: with which it will be read. standing: where it begins; None: at the start of the run.
+    Raises Refused where a source that has a share has no window of a leg's length.
+    """
+
+    num_tokens: int | None = None
+
+    def __init__(self, mixture: Mixture, legs: Sequence[Leg], seed: int, standing: Standing | None = None) -> None:
+        self.vocab = mixture.vocab
+        self.fingerprint = mixture.fingerprint
+        self.names = list(mixture.sources)
+        self._sources = list(mixture.sources.values())
+        self._given = mixture, legs, seed
+        self._legs: list[_Placed] = []
+        self._begin = begin = standing or Standing.start(len(self.names))
+        end = 0
+        for sequence_length, alike in groupby(_joined(mixture, legs), key=lambda leg: leg[0]):
+            shared = [(num_samples, shares) for _, num_samples, shares in alike]
+            among = [i for i in range(len(self.names)) if any(shares[i] for _, shares in shared)]
+            for i in among:
+                _check_length(mixture, self.names[i], sequence_length, seed)
+            for at, (num_samples, shares) in enumerate(shared, 1):
+                end += num_samples
+                if begin.samples < end:
+                    self._legs.append(_Placed(begin, sequence_length, end - begin.samples, shares, shared[at:], among))
+                    begin = self._legs[-1].standing(end)
+
+    def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
+        """Sample `index`. Raises ValueError where the course has none of that length there."""
+        leg = self._leg(index)
+        if leg is None or leg.sequence_length != sequence_length or index >= leg.begin.samples + leg.num_samples:
+            raise ValueError(f"sample {index} of {sequence_length} tokens is none of this run")
+        which, rank = leg.order.place(index - leg.begin.samples)
+        return self._sources[which].window(leg.first_window[which] + rank, sequence_length, lookahead, seed)
+
+    def consumed(self, num_samples: int) -> dict[str, int]:
+        """Windows of each source among the first samples of the run."""
+        return dict(zip(self.names, self.standing(num_samples).windows, strict=True))
+
+    def standing(self, num_samples: int) -> Standing:
+        """What lies behind once so many samples of the run are consumed."""
+        leg = self._leg(num_samples)
+        if leg is not None:
+            return leg.standing(num_samples)
+        if num_samples != self._begin.samples:
+            raise ValueError(f"sample {num_samples} is none of this run from sample {self._begin.samples} on")
+        return self._begin
+
+    def resumed(self, standing: Standing) -> Course:
+        """This course from there on."""
+        return Course(*self._given, standing)
+
+    def _leg(self, index: int) -> _Placed | None:
+        at = bisect_right(self._legs, index, key=lambda leg: leg.begin.samples)
+        return self._legs[at - 1] if at else None
 
 
 class _Placed:
-    """A leg and where it begins."""
+    """A leg, or what is left of it, and where it begins. ahead, among: see Interleave."""
 
-    def __init__(self, begin: _Standing, sequence_length: int, num_samples: int, shares: list[Fraction]) -> None:
+    def __init__(
+        self,
+        begin: Standing,
+        sequence_length: int,
+        num_samples: int,
+        shares: list[Fraction],
+        ahead: list[tuple[int, list[Fraction]]],
+        among: list[int],
+    ) -> None:
         self.begin, self.sequence_length, self.num_samples = begin, sequence_length, num_samples
         self.shares = shares
         # the rest of a window of another length is left out: a window that reached back would repeat tokens
         self.first_window = [-(-tokens // sequence_length) for tokens in begin.at]
-        self.order = Interleave(shares, [tokens / sequence_length for tokens in begin.owed], num_samples)
+        owed = [tokens / sequence_length for tokens in begin.owed]
+        self.order = Interleave(shares, owed, num_samples, ahead, among)
 
-    def end(self) -> _Standing:
-        """Behind the leg."""
-        n, S, begin = self.num_samples, self.sequence_length, self.begin
+    def standing(self, samples: int) -> Standing:
+        """Within the leg, or at its end."""
+        n, S, begin = samples - self.begin.samples, self.sequence_length, self.begin
         windows, at, owed = [], [], []
         for i, count in enumerate(self.order.counts(n)):
             windows.append(begin.windows[i] + count)
             at.append((self.first_window[i] + count) * S if count else begin.at[i])
             owed.append(begin.owed[i] + S * (n * self.shares[i] - count))
-        return _Standing(begin.samples + n, windows, at, owed)
+        return Standing(samples, windows, at, owed)
 
 
 def _check_length(mixture: Mixture, name: str, sequence_length: int, seed: int) -> None:

@@ -1,15 +1,20 @@
-"""Which of several sources each window of a stretch comes from: shares kept at every prefix, nothing drawn.
+"""Which of several sources each window of a leg comes from: shares kept at every prefix, nothing drawn.
 
 The chairman assignment problem (Tijdeman, Discrete Mathematics 32, 1980): source i is to have w_i of every window, but
-a window is of one source. Its next window is *ready* where taking it puts the source at most δ windows ahead of its
-share, and *due* where leaving it out would put the source more than δ behind. What is due is taken, else the ready one
-that is due soonest. With δ = 1 − 1/(2k − 2) for k sources at most one is ever due, and no source is further than δ from
-its share.
+a window is of one source, and the weights may change from leg to leg. Its next window is *ready* where taking it puts
+the source at most δ windows ahead of its share, and *due* where leaving it out would put the source more than δ behind.
+What is due is taken, else the ready one that is due soonest. With δ = 1 − 1/(2k − 2) for k sources at most one is ever
+due, and no source is further than δ from its share.
+
+When a window is due may depend on weights that lie ahead, and without a look at them no order keeps within a window: of
+k sources alike, those that are passed over are what counts next, and with weights 1/k, 1/(k − 1), …, 1/2 for those the
+last is 1/2 + 1/3 + … + 1/k windows behind, more than one from k = 4 on.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,22 +24,40 @@ from numpy.typing import NDArray
 
 
 class Interleave:
-    """The order in which windows of equal length are taken from sources in proportion to their weights.
+    """The order in which a leg's windows are taken from sources in proportion to their weights.
 
-    weights: not negative, summing to 1; a source of weight 0 gets nothing.
-    owed:    by how many windows each source is behind its share at the start, negative where ahead; they sum to 0.
+    weights: not negative, summing to 1.
+    owed:    by how many windows each source is behind its share at the start, negative where ahead.
     num_windows: how many will ever be asked for.
+    ahead:   how many windows each leg behind this one has, and its weights; the last is taken to have no end.
+    among:   the sources that have a share in one of these legs, or had one in an earlier leg that they continue; None:
+             in one of these.
 
-    What is owed is made up for. Then several sources may be due at once; the one furthest behind is taken, and another
-    can fall more than δ behind until its turn: never among two sources, and by fractions of a window among more.
+    A decision depends on what is owed and what lies ahead alone, so that an order made anew from any place, with what
+    is owed there, goes on alike. A source whose weight falls to 0 may still get a window that it is owed.
+
+    What is owed at the start is made up for. Where no such order left it behind (what lay ahead became another, or the
+    windows longer or shorter), several sources may be due at once; the one furthest behind is taken, and another can
+    fall more than δ behind until its turn: never among two sources, and by fractions of a window among more.
     """
 
-    def __init__(self, weights: Sequence[Fraction], owed: Sequence[Fraction], num_windows: int) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Fraction],
+        owed: Sequence[Fraction],
+        num_windows: int,
+        ahead: Sequence[tuple[int, Sequence[Fraction]]] = (),
+        among: Sequence[int] | None = None,
+    ) -> None:
         self.weights = list(weights)
-        self.period = math.lcm(*(weight.denominator for weight in weights))
-        self._owed = list(owed)
-        self._source, self._rank, self._cycle = self._take(num_windows)
-        self._again = self._totals(self._cycle, len(self._source))
+        self._owed, self._num_windows, self._ahead = list(owed), num_windows, list(ahead)
+        if among is None:
+            among = [i for i, w in enumerate(weights) if w > 0 or any(shares[i] > 0 for _, shares in ahead)]
+        self._delta = 1 - Fraction(1, max(1, 2 * len(among) - 2))
+        self._plans = {i: _plan(self.weights[i], self._owed[i], self._delta) for i in among}
+        # of the table, windows [begin, begin + length) come `rounds` times more before those behind them
+        self._begin, self._length, self._rounds, self._again = 0, 1, 0, [0] * len(self.weights)
+        self._source, self._rank = self._take()
 
     def place(self, n: int) -> tuple[int, int]:
         """The source of window n, and how many windows before n are of that source."""
@@ -48,53 +71,89 @@ class Interleave:
         return [count + rounds * again for count, again in zip(self._totals(0, at), self._again, strict=True)]
 
     def _wrap(self, n: int) -> tuple[int, int]:
-        """Rounds of the cycle before n, and the place in the table where n then lies."""
-        if n <= self._cycle:
-            return 0, n
-        rounds, at = divmod(n - self._cycle, max(1, len(self._source) - self._cycle))
-        return rounds, self._cycle + at
+        """Repetitions before n, and the place in the table where n then lies."""
+        rounds = max(0, min((n - self._begin) // self._length, self._rounds))
+        return rounds, n - rounds * self._length
 
     def _totals(self, begin: int, end: int) -> list[int]:
         return np.bincount(self._source[begin:end], minlength=len(self.weights)).tolist()
 
-    def _take(self, num_windows: int) -> tuple[NDArray[np.int16], NDArray[np.int64], int]:
-        """The sources of the first windows, the rank of each among its own, and from where on the table repeats.
+    def _take(self) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        """The table: the source of each window, and its rank among that source's own.
 
         After a period every share is whole, so that what is owed differs from the start by whole windows: once it is
-        what it was after an earlier period, the order repeats.
+        what it was after an earlier period, the order repeats, up to where a window is due behind the leg.
         """
-        active = [i for i, weight in enumerate(self.weights) if weight > 0]
-        delta = 1 - Fraction(1, max(1, 2 * len(active) - 2))
-        plans = {i: _Plan.of(self.weights[i], self._owed[i], delta) for i in active}
-        counts = [0] * len(self.weights)
-        ready = {i: plan.ready(0) for i, plan in plans.items()}
-        due = {i: plan.due(0) for i, plan in plans.items()}
-
-        def behind(n: int, i: int) -> Fraction:
-            return (n + 1) * self.weights[i] + self._owed[i] - counts[i]
-
+        period = math.lcm(*(weight.denominator for weight in self.weights))
         order: list[int] = []
         ranks: list[int] = []
+        counts = [0] * len(self.weights)
+        ready = {i: plan.ready(0) for i, plan in self._plans.items()}
+        due = {i: self._due(i, 0) for i in self._plans}
+        shared = [i for i in self._plans if self.weights[i] > 0]
+        sight = max(self._plans[i].due(0) for i in shared)  # how far behind a place another may be due
         after_periods: dict[tuple[int, ...], int] = {}
-        for n in range(num_windows):
-            if n % self.period == 0:
-                ahead = tuple(count - int(n * weight) for count, weight in zip(counts, self.weights, strict=True))
-                if ahead in after_periods:
-                    return np.array(order, np.int16), np.array(ranks, np.int64), after_periods[ahead]
-                after_periods[ahead] = n
-            must = [i for i in plans if due[i] <= n]
-            may = must or [i for i in plans if ready[i] <= n]
+        repeated = [0] * len(self.weights)
+        n = 0
+
+        def behind(i: int) -> Fraction:
+            return (n + 1) * self.weights[i] + self._owed[i] - counts[i]
+
+        while n < self._num_windows:
+            if n % period == 0 and not self._rounds:
+                state = tuple(count - int(n * weight) for count, weight in zip(counts, self.weights, strict=True))
+                begin = after_periods.setdefault(state, n)
+                rounds = sys.maxsize if not self._ahead else int(self._num_windows - sight - n) // max(1, n - begin)
+                if begin < n and rounds > 0:
+                    again = np.bincount(order[begin:n], minlength=len(counts)).tolist()
+                    self._begin, self._length, self._rounds, self._again = begin, n - begin, rounds, again
+                    if not self._ahead:
+                        break
+                    n += rounds * self._length
+                    repeated = [rounds * count for count in again]
+                    counts = [count + more for count, more in zip(counts, repeated, strict=True)]
+                    ready = {i: plan.ready(counts[i]) for i, plan in self._plans.items()}
+                    due = {i: self._due(i, counts[i]) for i in self._plans}
+                    continue
+            must = [i for i in due if due[i] <= n]
+            may = must or [i for i in ready if ready[i] <= n]
             if len(may) == 1:
                 chosen = may[0]
             elif may and not must:
                 chosen = min(may, key=due.__getitem__)
             else:
-                chosen = max(may or plans, key=lambda i, n=n: behind(n, i))
+                chosen = max(may or shared, key=behind)
             order.append(chosen)
-            ranks.append(counts[chosen])
+            ranks.append(counts[chosen] - repeated[chosen])
             counts[chosen] += 1
-            ready[chosen], due[chosen] = plans[chosen].ready(counts[chosen]), plans[chosen].due(counts[chosen])
-        return np.array(order, np.int16), np.array(ranks, np.int64), len(order)
+            ready[chosen], due[chosen] = self._plans[chosen].ready(counts[chosen]), self._due(chosen, counts[chosen])
+            if self.weights[chosen]:
+                sight = max(sight, self._plans[chosen].due(counts[chosen]) - n)
+            n += 1
+        return np.array(order, np.int16), np.array(ranks, np.int64)
+
+    def _due(self, i: int, count: int) -> float:
+        """The last place at which window `count` of source i may stand, counted from this leg's first window."""
+        here = self._plans[i].due(count)
+        if here < self._num_windows or not self._ahead:
+            return here
+        place, slack = self._num_windows, count + self._delta - self._owed[i] - self._num_windows * self.weights[i]
+        slack = max(slack, Fraction(0))  # of a source without a share here: overdue once it has one again
+        for num_windows, weights in self._ahead[:-1]:
+            if slack < num_windows * weights[i]:
+                return place + slack // weights[i]
+            place, slack = place + num_windows, slack - num_windows * weights[i]
+        last = self._ahead[-1][1][i]
+        return place + slack // last if last else math.inf
+
+
+def _plan(weight: Fraction, owed: Fraction, delta: Fraction) -> _Plan | _Pause:
+    if not weight:
+        return _Pause(owed + delta)
+    exact = (1 / weight, (1 - delta - owed) / weight, (delta - owed) / weight)
+    scale = math.lcm(*(number.denominator for number in exact))
+    between, first_ready, first_due = (int(number * scale) for number in exact)
+    return _Plan(scale, between, first_ready, first_due)
 
 
 @dataclass(frozen=True)
@@ -106,17 +165,23 @@ class _Plan:
     first_ready: int
     first_due: int
 
-    @staticmethod
-    def of(weight: Fraction, owed: Fraction, delta: Fraction) -> _Plan:
-        exact = (1 / weight, (1 - delta - owed) / weight, (delta - owed) / weight)
-        scale = math.lcm(*(number.denominator for number in exact))
-        between, first_ready, first_due = (int(number * scale) for number in exact)
-        return _Plan(scale, between, first_ready, first_due)
-
-    def ready(self, count: int) -> int:
+    def ready(self, count: int) -> float:
         """The first place at which the source's window `count` may stand."""
         return -(-(count * self.between + self.first_ready) // self.scale) - 1
 
-    def due(self, count: int) -> int:
-        """The last."""
+    def due(self, count: int) -> float:
+        """The last, were the leg endless."""
         return (count * self.between + self.first_due) // self.scale
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """The same of a source that has no share. most: windows that it may have."""
+
+    most: Fraction
+
+    def ready(self, count: int) -> float:
+        return 0 if count + 1 <= self.most else math.inf
+
+    def due(self, count: int) -> float:
+        return math.inf

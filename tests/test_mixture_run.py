@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.commands.codec import codec_of
 from tests import runs
 from tests.corpora import write_corpus
 from tests.runs import TINY
+from train.checkpoint.files import MANIFEST, HashedFile, Manifest
+from train.checkpoint.store import PLAIN_FILE
 
 STEPS = 12
 # a border at a checkpoint, one between two, and one where the length changes with the weights
@@ -146,12 +151,32 @@ def test_what_contradicts_the_mixture_is_refused(reference: Path, changed: str, 
     assert runs.tree(reference) == before
 
 
-def test_corpora_may_have_moved(reference: Path, tmp_path: Path) -> None:
+def test_corpora_may_have_moved_and_phases_come_after(reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference.parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "code").rename(tmp_path / "moved")
     arguments = [*BASE, "data.train.code.path=moved", "data.validation.code.path=moved", f"train.steps={STEPS + 1}"]
+    arguments += [f"{PHASES[:-1]}, {{start: {STEPS}, mixture: {{code: 1, books: 0, pairs: 0}}}}]"]
     assert f"resumed from step {STEPS}" in runs.train(tmp_path, arguments)
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 0
+    *_, before, after = sources(tmp_path / "run")
+    assert after == {**before, "code": before["code"] + 8}
+
+
+def test_a_checkpoint_that_does_not_say_where_its_data_stood_is_refused(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference.parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / f"run/checkpoints/step_{STEPS:08d}"
+    values = torch.load(path / PLAIN_FILE)
+    del values["progress"]["data"]
+    torch.save(values, packed := io.BytesIO())
+    manifest = Manifest.read(path)
+    for name in (PLAIN_FILE, MANIFEST):
+        (path / name).unlink()
+    with HashedFile(path / PLAIN_FILE) as file:
+        file.write(packed.getbuffer())
+    replace(manifest, files={**manifest.files, PLAIN_FILE: file.record}).write(path)
+    job = runs.start(tmp_path, [*BASE, f"train.steps={STEPS + 1}"])
+    assert job.end() == 2
+    assert f"start another run from its weights (train.init=run/checkpoints/{path.name})" in job.printed()
 
 
 def test_the_text_of_a_mixture_is_spelt_by_its_corpora(reference: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ class RunSection:
 class Phase:
     """A stretch of the run that starts at step `start` and lasts to the next one. What is null stays as it was.
 
-    mixture: the weights of all sources of data.train, by name; 0 for one that pauses. mtp_weight: see TrainSection.
+    mixture: the weights of all sources of data.train, by name; 0 for one that pauses, but for a window
+    that it may be owed. mtp_weight: see TrainSection.
     """
 
     start: int

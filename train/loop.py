@@ -33,10 +33,14 @@ class Diverged(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is. step: updates made. owes_validation: it was stopped before the validation due at that step."""
+    """How far a run is. step: updates made. owes_validation: it was stopped before the validation due at that step.
+
+    data: where its data stood when it was saved, as `data.course.Standing` says it.
+    """
 
     step: int = 0
     owes_validation: bool = False
+    data: dict[str, Any] | None = None
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Run:
     flops_per_token: dict[int, float] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
-        """All that resuming needs; where the data stands follows from the step."""
+        """All that resuming needs."""
         return {**self.engine.state(), "progress": asdict(self.progress)}
 
     @property
@@ -115,6 +119,7 @@ def train(run: Run) -> str | None:
                     cut = f"killed while saving step {run.step}: the same command resumes from the checkpoint before"
                     rundir.write_exit(run.directory, rundir.FAILED, cut)
                 if saving:
+                    run.progress.data = run.course.standing(stretch.consumed(run.step)).plain()
                     save(run, clock, wait=stopping or run.step == total)
                 if stopping:
                     reason = run.stop.obey()
@@ -283,5 +288,5 @@ def _loader(run: Run, stretch: Stretch) -> Loader:
         seed=run.config.data.seed,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
-        first=stretch.samples,
+        first=stretch.consumed(run.step),
     )

@@ -15,7 +15,7 @@ import torch
 
 from conf.schema import Refused
 from data.config import Probes
-from data.course import Course
+from data.course import Course, Standing
 from data.loader import Loader
 from models import cost
 from models.cores import approximate
@@ -149,7 +149,8 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
         grace=grace(),
     )
     engine.before_update = checkpoints.release
-    progress = _start_weights(config, engine, checkpoints, sources.train.fingerprint)
+    progress = _start_weights(config, engine, checkpoints, sources.train)
+    course = sources.train if progress.data is None else sources.train.resumed(Standing.read(progress.data))
     metrics = None
     if ranks.first:
         rundir.settle(directory, config, environment, progress.step)
@@ -164,7 +165,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
         config=config,
         ranks=ranks,
         engine=engine,
-        course=sources.train,
+        course=course,
         probes=sources.validation,
         checkpoints=checkpoints,
         stop=stop,
@@ -175,18 +176,24 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
     )
 
 
-def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, fingerprint: str) -> Progress:
+def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, course: Course) -> Progress:
     """The newest good checkpoint of this run, or the weights that train.init names, or none."""
     if checkpoints.latest() is not None:
         checkpoint = checkpoints.load({**engine.state(), "progress": {"step": 0, "owes_validation": False}})
-        if checkpoint.facts.get("data") != fingerprint:
+        if checkpoint.facts.get("data") != course.fingerprint:
             raise Refused(
                 f"{checkpoint.path} was trained on other data than data.train now names; "
                 "name the same data, or choose another run.dir (train.init= starts from this run's weights)."
             )
+        progress = Progress(**checkpoint.state["progress"])
+        if progress.data is None and len(course.names) > 1:
+            raise Refused(
+                f"{checkpoint.path} was written by code that did not keep how far each of several sources was read, so "
+                f"its data cannot go on; start another run from its weights (train.init={checkpoint.path})."
+            )
         engine.load(checkpoint.state)
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
-        return Progress(**checkpoint.state["progress"])
+        return progress
     if config.train.init is not None:
         # multi-token prediction stands beside the model, and can be added to one, or dropped
         weights = checkpoints.load({"model": engine.state()["model"]}, Path(config.train.init), optional="model.mtp")
