@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.manifest import Manifest, Split, sha256
-from data.part import SPLITS, Part, token_type
+from data.part import SPLITS, Part, blocks, token_type
 from data.tokenfile import TokenFile
 from data.tokenizer import FILE_NAME, Tokenizer
 
@@ -36,8 +36,11 @@ def join(parts: Iterable[Path], whole: Path, tokenizer: Tokenizer, settings: dic
         source_digest += part.source_digest
         num_bytes.update(part.bytes)
         for split in SPLITS:
-            files[split].add(part.tokens[split], part.lengths[split])
-            frequencies[split] += np.bincount(part.tokens[split], minlength=tokenizer.vocab)
+            for tokens in blocks(path, f"{split}_tokens"):
+                files[split].add_tokens(tokens)
+                frequencies[split] += np.bincount(tokens, minlength=tokenizer.vocab)
+            for lengths in blocks(path, f"{split}_lengths"):
+                files[split].add_lengths(lengths)
     splits = {}
     for split in SPLITS:
         files[split].close()

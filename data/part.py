@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,7 +28,7 @@ SPLITS = ("train", "valid")
 FORMAT = 2  # of a part's file; another one makes parts anew
 BATCH = 256 << 10  # characters handed to the tokenizer at once: it takes hundreds of bytes a token
 DOCUMENT = 256  # bytes that a document takes beside its text: arrays and list entries
-CUT = "cut"  # the counter of documents that became several
+BLOCK = 512 << 10  # bytes of a part that are read back at once
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,19 @@ class Job:
     end_of_document: str | None
     held_out: HeldOut
 
+    def part(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number:05d}.npz")
+
 
 @dataclass(frozen=True)
 class Part:
-    """A part as read back.
+    """What a part says of itself. Beside it its file holds, of each split, the tokens and the length of each document.
 
-    tokens:  of all documents of a split, joined; lengths: tokens of each, its end included; bytes: of their text.
+    bytes:   of the text of each split.
     skipped: documents left out, by rule; cut: documents that became several.
     records: that were read for it; is_last: whether the stretch ends with it.
     """
 
-    tokens: dict[str, NDArray[Any]]
-    lengths: dict[str, NDArray[np.int32]]
     bytes: dict[str, int]
     skipped: Counter[str]
     cut: int
@@ -60,28 +63,31 @@ class Part:
 
     @staticmethod
     def read(path: Path) -> Part:
-        with np.load(path) as stored:
-            facts = json.loads(stored["facts"].tobytes())
-            return Part(
-                tokens={split: stored[f"{split}_tokens"] for split in SPLITS},
-                lengths={split: stored[f"{split}_lengths"] for split in SPLITS},
-                skipped=Counter(facts.pop("skipped")),
-                **facts,
-            )
+        facts = json.loads(b"".join(block.tobytes() for block in blocks(path, "facts")))
+        return Part(skipped=Counter(facts.pop("skipped")), **facts)
 
-    def write(self, path: Path) -> None:
-        """Aside, flushed, then renamed: a part that is there is whole."""
-        names = ("bytes", "skipped", "cut", "source_digest", "records", "is_last")
-        facts = json.dumps({name: getattr(self, name) for name in names})
-        arrays: dict[str, NDArray[Any]] = {"facts": np.frombuffer(facts.encode(), dtype=np.uint8)}
-        for split in SPLITS:
-            arrays[f"{split}_tokens"], arrays[f"{split}_lengths"] = self.tokens[split], self.lengths[split]
+    def write(self, path: Path, tokens: dict[str, NDArray[Any]], lengths: dict[str, NDArray[np.int32]]) -> None:
+        """Aside, flushed, then renamed: a part that is there is whole.
+
+        tokens: of all documents of a split, joined; lengths: tokens of each, its end included.
+        """
+        facts = np.frombuffer(json.dumps(vars(self)).encode(), np.uint8)
+        arrays = {f"{split}_{name}": by[split] for name, by in (("tokens", tokens), ("lengths", lengths)) for split in by}
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         with aside.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, facts=facts, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
+
+
+def blocks(path: Path, name: str) -> Iterator[NDArray[Any]]:
+    """An array of a part's file, SPLIT_tokens or SPLIT_lengths, a block at a time: whole, it is megabytes."""
+    with zipfile.ZipFile(path) as stored, stored.open(f"{name}.npy") as file:
+        np.lib.format.read_magic(file)
+        kind = np.lib.format.read_array_header_1_0(file)[2]
+        while block := file.read(BLOCK):
+            yield np.frombuffer(block, kind)
 
 
 def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
@@ -90,11 +96,14 @@ def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
 
 
 def make_parts(job: Job) -> list[Path]:
-    """The parts of the job's stretch, in order; those that are there are left as they are."""
+    """The parts of the job's stretch, in order; those that are there are left as they are.
+
+    Raises workers.Stopped once the parent has given up.
+    """
     paths: list[Path] = []
     already = 0
     for number in count():
-        path = job.path.with_name(f"{job.path.name}.{number:05d}.npz")
+        path = job.part(number)
         if not path.exists():
             break
         paths.append(path)
@@ -106,10 +115,11 @@ def make_parts(job: Job) -> list[Path]:
     tokenizer = open_tokenizer(job.tokenizer, job.end_of_document)
     maker = _Maker(tokenizer)
     for number, record in enumerate(job.stretch.records()):
+        workers.heed_stop()
         if number < already:
             continue
         if maker.filled >= STRETCH:
-            paths.append(_write(maker, job, len(paths), is_last=False))
+            paths.append(maker.write(job.part(len(paths)), is_last=False))
             maker = _Maker(tokenizer)
         maker.source_digest += record.digest
         maker.records += 1
@@ -118,13 +128,7 @@ def make_parts(job: Job) -> list[Path]:
             maker.add(job.held_out.split(record), record.text)
         elif record.skipped is not None:
             maker.skipped[record.skipped] += 1
-    return [*paths, _write(maker, job, len(paths), is_last=True)]
-
-
-def _write(maker: _Maker, job: Job, number: int, is_last: bool) -> Path:
-    path = job.path.with_name(f"{job.path.name}.{number:05d}.npz")
-    maker.close(is_last).write(path)
-    return path
+    return [*paths, maker.write(job.part(len(paths)), is_last=True)]
 
 
 class _Maker:
@@ -148,11 +152,9 @@ class _Maker:
         if self._in_wait >= BATCH:
             self._encode()
 
-    def close(self, is_last: bool) -> Part:
+    def write(self, path: Path, is_last: bool) -> Path:
         self._encode()
-        return Part(
-            tokens={split: np.concatenate(self._tokens[split]) for split in SPLITS},
-            lengths={split: np.array(self._lengths[split], np.int32) for split in SPLITS},
+        part = Part(
             bytes=self._bytes,
             skipped=self.skipped,
             cut=self.cut,
@@ -160,6 +162,9 @@ class _Maker:
             records=self.records,
             is_last=is_last,
         )
+        tokens = {split: np.concatenate(self._tokens[split]) for split in SPLITS}
+        part.write(path, tokens, {split: np.array(self._lengths[split], np.int32) for split in SPLITS})
+        return path
 
     def _encode(self) -> None:
         for split, texts in self._waiting.items():

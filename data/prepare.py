@@ -187,9 +187,9 @@ def _parts_folder(work: Path, plan: list[Any]) -> Path:
 def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[Path]:
     """The parts in order, made by worker processes while the caller uses those before."""
     context = worker_context(["data.part", "tokenizers", *{type(job.stretch).__module__ for job in jobs}])
-    done = context.Value("q", 0)
+    done, stop = context.Value("q", 0), context.RawValue("b", 0)
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None)
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, start_worker, (done,))
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, start_worker, (done, stop))
     try:
         for future in [pool.submit(make_parts, job) for job in jobs]:
             while not wait([future], timeout=0.5).done:
@@ -197,6 +197,7 @@ def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[
             yield from future.result()
         bar.update(done.value - bar.n)
     finally:
+        stop.value = 1  # an error or an interruption waits for no more than the records in hand
         pool.shutdown(cancel_futures=True)
         bar.close()
 

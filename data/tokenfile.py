@@ -31,9 +31,12 @@ class TokenFile:
         self._lengths_file = self._lengths.open("wb")
         self.documents = 0
 
-    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int32]) -> None:
-        """Documents, joined, and how many tokens each has."""
+    def add_tokens(self, tokens: NDArray[Any]) -> None:
+        """Those of documents, joined."""
         self._bin_file.write(tokens.astype(self._kind, copy=False).data)
+
+    def add_lengths(self, lengths: NDArray[np.int32]) -> None:
+        """How many tokens each document has."""
         self._lengths_file.write(lengths.astype(np.int32, copy=False).data)
         self.documents += len(lengths)
 

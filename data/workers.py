@@ -1,4 +1,4 @@
-"""Worker processes: how many, how they come to be, what each does first, and how far they all are."""
+"""Worker processes: how many, how they come to be, what each does first, how far they all are, and when they stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import threading
 from multiprocessing.context import BaseContext
 from typing import Any
 
-_progress: Any = None  # bytes of text that all workers have done, shared with the parent
+# shared with the parent
+_progress: Any = None  # bytes of text that all workers have done
+_stop: Any = None  # not 0 once nobody waits for them any more
+
+
+class Stopped(Exception):
+    """The parent has given up, and what this worker has in hand is dropped."""
 
 
 def usable_cores() -> int:
@@ -28,13 +34,15 @@ def worker_context(modules: list[str]) -> BaseContext:
     return context
 
 
-def start_worker(shared: Any) -> None:
-    """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone. shared: a Value to count bytes in.
+def start_worker(done: Any, stop: Any) -> None:
+    """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone.
+
+    done: a Value to count bytes in. stop: one that the parent sets where it gives up.
 
     A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever.
     """
-    global _progress
-    _progress = shared
+    global _progress, _stop
+    _progress, _stop = done, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
@@ -52,3 +60,9 @@ def progress(done: int) -> None:
     """Tell the parent that `done` more bytes of text are done."""
     with _progress.get_lock():
         _progress.value += done
+
+
+def heed_stop() -> None:
+    """Raises Stopped once the parent has given up. Quick: for every record."""
+    if _stop is not None and _stop.value:
+        raise Stopped

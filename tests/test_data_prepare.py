@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -165,14 +166,27 @@ def test_a_full_disk_fails_and_leaves_nothing_that_looks_whole(tmp_path: Path) -
     assert tree(out) == tree(whole)
 
 
-def test_a_termination_is_told_as_an_interruption(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        arguments("prepare", "source=stdlib", f"out={tmp_path / 'out'}"), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        pytest.param(lambda pid: os.kill(pid, signal.SIGTERM), id="SIGTERM of the command"),
+        pytest.param(lambda pid: os.killpg(pid, signal.SIGINT), id="Ctrl-C, which all its processes get"),
+    ],
+)
+def test_an_interruption_waits_for_no_more_than_the_records_in_hand(
+    interrupt: Callable[[int], None], tmp_path: Path
+) -> None:
+    """One stretch of 3,000,000 documents, of which a part holds a hundredth."""
+    with gzip.open(tmp_path / "lines.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"text": "ab"}\n' * 3_000_000)
+    words = arguments("prepare", f"source={tmp_path / 'lines.jsonl.gz'}", f"out={tmp_path / 'out'}")
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(tmp_path.glob("out.preparing/*/*.npz")):
-        time.sleep(0.001)
-    process.terminate()
+        time.sleep(0.01)
+    interrupt(process.pid)
+    asked = time.monotonic()
     _, said = process.communicate()
+    assert time.monotonic() - asked < 4, "alone it takes a tenth of that"
     assert process.returncode == 75
     assert said.startswith("interrupted. Finished parts are kept")
     assert "Traceback" not in said

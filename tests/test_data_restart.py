@@ -138,9 +138,10 @@ def test_token_files_are_those_of_megatron(kind: type, documents: int, tmp_path:
     lengths = rng.integers(1, 4, documents).astype(np.int32)
     tokens = rng.integers(0, 60_000, lengths.sum()).astype(kind)
     ours = TokenFile(tmp_path / "ours", kind)
-    half = documents // 2
-    ours.add(tokens[: lengths[:half].sum()], lengths[:half])
-    ours.add(tokens[lengths[:half].sum() :], lengths[half:])
+    for some in np.array_split(tokens, 3):
+        ours.add_tokens(some)
+    for some in np.array_split(lengths, 2):
+        ours.add_lengths(some)
     ours.close()
     theirs = indexed_dataset().IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=kind)
     ends = np.cumsum(lengths)
@@ -164,9 +165,9 @@ print(json.dumps([int(own[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_m
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
-    """A third and the whole of 180 MB in 300,000 documents, in one stretch; a third already fills several parts."""
+    """A third and the whole of 60 MB in 100,000 documents, in one stretch; a third already fills several parts."""
     peaks, sizes = [], []
-    for documents in (100_000, 300_000):
+    for documents in (30_000, 100_000):
         path = tmp_path / f"{documents}.jsonl.gz"
         with gzip.open(path, "wt", compresslevel=1) as file:
             file.writelines(f'{{"text": "{i} {"some text " * 59}"}}\n' for i in range(documents))
@@ -175,6 +176,5 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
         peaks.append([1024 * kib for kib in json.loads(done.stdout)])
         sizes.append(sum(split.bytes for split in Manifest.read(tmp_path / f"{documents}").splits.values()))
     grown = sizes[1] - sizes[0]
-    parent, worker = (large - small for small, large in zip(*peaks, strict=True))
-    assert worker < grown / 8
-    assert parent < grown / 6, "a hundred bytes a document would be more"
+    for small, large in zip(*peaks, strict=True):
+        assert large - small < grown / 10, "a hundred bytes a document would be more"
