@@ -72,7 +72,9 @@ class Part:
         tokens: of all documents of a split, joined; lengths: tokens of each, its end included.
         """
         facts = np.frombuffer(json.dumps(vars(self)).encode(), np.uint8)
-        arrays = {f"{split}_{name}": by[split] for name, by in (("tokens", tokens), ("lengths", lengths)) for split in by}
+        arrays = {
+            f"{split}_{name}": by[split] for name, by in (("tokens", tokens), ("lengths", lengths)) for split in by
+        }
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         with aside.open("wb") as file:
             np.savez(file, facts=facts, **arrays)  # type: ignore[arg-type]

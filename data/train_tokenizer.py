@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from conf.schema import Refused
 from data.records import Texts
 from data.texts import TextSource
+from data.workers import run_apart
 
 END = "<|end_of_document|>"
 # Words as GPT-4 cuts them (the pattern cl100k_base of OpenAI's tiktoken, as Qwen2 and Llama 3 use it): runs of digits
@@ -47,36 +50,50 @@ def train_tokenizer(request: TrainTokenizer) -> str:
 
     Raises Refused where the source cannot be used or OUT is there already.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
     out = Path(request.out)
     if out.exists():
         raise Refused(f"{out} exists; choose another out or remove it.")
-    texts = request.open()
+    # the library runs this process's signal handlers only when it has done
+    made = run_apart(_train, request.open(), request.sample, request.vocab, modules=[__name__, "tokenizers"])
+    if not made.documents:
+        raise Refused(f"{request.source} holds no document in a sample of {request.sample:,} bytes; take a larger one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(made.tokenizer, encoding="utf-8")
+        aside.rename(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    few = "" if made.tokens == request.vocab else f" (not {request.vocab:,}: the sample holds no more pairs to merge)"
+    return f"{out}: {made.tokens:,} tokens{few} from {made.documents:,} documents of {made.bytes:,} bytes."
+
+
+class _Made(NamedTuple):
+    """tokenizer: the text of its file. tokens: that it has. documents, bytes: of the sample."""
+
+    tokenizer: str
+    tokens: int
+    documents: int
+    bytes: int
+
+
+def _train(texts: Texts, sample: int, vocab: int) -> _Made:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=request.vocab,
+        vocab_size=vocab,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    taken = _Sample(texts, request.sample)
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be left behind by one that is killed
+    taken = _Sample(texts, sample)
     tokenizer.train_from_iterator(iter(taken), trainer)
-    if not taken.documents:
-        raise Refused(f"{request.source} holds no document in a sample of {request.sample:,} bytes; take a larger one.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        tokenizer.save(str(aside))
-        aside.rename(out)
-    finally:
-        aside.unlink(missing_ok=True)
-    learned = tokenizer.get_vocab_size()
-    few = "" if learned == request.vocab else f" (not {request.vocab:,}: the sample holds no more pairs to merge)"
-    return f"{out}: {learned:,} tokens{few} from {taken.documents:,} documents of {taken.bytes:,} bytes."
+    return _Made(tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(), taken.documents, taken.bytes)
 
 
 class _Sample:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-from multiprocessing.context import BaseContext
-from typing import Any
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # shared with the parent
 _progress: Any = None  # bytes of text that all workers have done
@@ -24,7 +29,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worker_context(modules: list[str]) -> BaseContext:
+def worker_context(modules: list[str]) -> ForkServerContext:
     """Workers are forked from a small process made for that, which has `modules` imported and no threads.
 
     A fork of this process, which may have threads, could hang; a fresh interpreter for each would import anew.
@@ -35,16 +40,56 @@ def worker_context(modules: list[str]) -> BaseContext:
 
 
 def start_worker(done: Any, stop: Any) -> None:
-    """Leave Ctrl-C to the parent, use one thread, and end when the parent is gone.
+    """Follow the parent, and use one thread.
 
     done: a Value to count bytes in. stop: one that the parent sets where it gives up.
-
-    A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever.
     """
     global _progress, _stop
     _progress, _stop = done, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _follow_parent()
+
+
+def run_apart(function: Callable[..., T], *arguments: object, modules: list[str]) -> T:
+    """`function(*arguments)` in a process of its own, which is killed where this one is interrupted.
+
+    For a library that holds signals up. modules: what that process has imported. Raises what the function raises, and
+    RuntimeError where the process ends without an answer.
+    """
+    context = worker_context(modules)
+    here, there = context.Pipe()
+    process = context.Process(target=_answer, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    try:
+        here.send((function, arguments))
+        answer = here.recv()
+    except (EOFError, ConnectionError):
+        raise RuntimeError("the process that did the work was killed, perhaps for want of memory") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answer(asker: Connection) -> None:
+    _follow_parent()
+    with contextlib.suppress(EOFError, OSError):  # it has given up
+        function, arguments = asker.recv()
+        try:
+            asker.send(function(*arguments))
+        except Exception as error:
+            asker.send(error)
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is gone.
+
+    A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "this runs in a worker"
     gone = parent.sentinel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from data.manifest import Manifest
 from data.prepare import Prepare, prepare
 from data.tokenizer import HuggingFace
 from data.train_tokenizer import END, TrainTokenizer, train_tokenizer
+from tests.test_data_restart import descendants
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = 300_000
@@ -39,6 +41,21 @@ def test_the_same_file_each_time(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "bpe.json").read_bytes() == trained.read_bytes()
     with pytest.raises(Refused, match="exists; choose another out"):
         train_tokenizer(TrainTokenizer("stdlib", str(tmp_path / "bpe.json")))
+
+
+def test_an_interruption_does_not_wait_for_the_library(tmp_path: Path) -> None:
+    """It trains for seconds on such a sample, and runs no signal handler meanwhile."""
+    words = ["train-tokenizer", "source=stdlib", f"out={tmp_path / 'bpe.json'}", "vocab=60000"]
+    process = subprocess.Popen([sys.executable, "-m", "data", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # two helpers of multiprocessing, and the one that trains, at work once it has threads
+    while len(found := descendants(process.pid)) < 3 or len(os.listdir(f"/proc/{max(found)}/task")) < 2:
+        time.sleep(0.01)
+    process.terminate()
+    asked = time.monotonic()
+    _, said = process.communicate()
+    assert time.monotonic() - asked < 3, "alone it takes a tenth of a second"
+    assert (process.returncode, said) == (75, "interrupted.\n")
+    assert not list(tmp_path.iterdir())
 
 
 @given(text=st.text(st.characters(codec="utf-8")))
