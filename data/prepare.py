@@ -32,7 +32,7 @@ from data.records import Texts
 from data.split import By, HeldOut
 from data.texts import DATASETS, TextSource
 from data.tokenizer import Tokenizer, open_tokenizer
-from data.workers import start_worker, usable_cores, worker_context
+from data.workers import held_up, start_worker, usable_cores, worker_context
 
 WHOLE = "whole"  # the corpus while it is being joined
 
@@ -191,7 +191,9 @@ def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None)
     pool = ProcessPoolExecutor(min(processes, len(jobs)), context, start_worker, (done, stop))
     try:
-        for future in [pool.submit(make_parts, job) for job in jobs]:
+        with held_up():
+            futures = [pool.submit(make_parts, job) for job in jobs]
+        for future in futures:
             while not wait([future], timeout=0.5).done:
                 bar.update(done.value - bar.n)
             yield from future.result()

@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
@@ -50,6 +50,23 @@ def start_worker(done: Any, stop: Any) -> None:
     _follow_parent()
 
 
+@contextlib.contextmanager
+def held_up() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come when this ends: a process that is only half started when its parent ends complains."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which gets no signals
+        return
+    came: list[int] = []
+    handlers = {each: signal.signal(each, lambda n, _: came.append(n)) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for number in dict.fromkeys(came):
+            signal.raise_signal(number)
+
+
 def run_apart(function: Callable[..., T], *arguments: object, modules: list[str]) -> T:
     """`function(*arguments)` in a process of its own, which is killed where this one is interrupted.
 
@@ -59,7 +76,8 @@ def run_apart(function: Callable[..., T], *arguments: object, modules: list[str]
     context = worker_context(modules)
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(there,), daemon=True)
-    process.start()
+    with held_up():
+        process.start()
     there.close()
     try:
         here.send((function, arguments))
