@@ -104,8 +104,8 @@ def _write_parquet(request: BenchPrepare, path: Path) -> tuple[int, int]:
 def _groups(request: BenchPrepare) -> Iterator[list[str]]:
     texts: list[str] = []
     filled = 0
-    for stretch in request.open().stretches:
-        for record in stretch.records():
+    for portion in request.open().portions:
+        for record in portion.records():
             if record.text is not None:
                 texts.append(record.text)
                 filled += len(record.text)

@@ -1,4 +1,4 @@
-"""Text files and JSONL: which files a source means, and the stretches that they are cut into."""
+"""Text files and JSONL: which files a source means, and the portions that they are cut into."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Refused
-from data.records import STRETCH, Record, Texts
-from data.text import Piece, read_records
+from data.records import PORTION, Record, Texts
+from data.text import Chunk, read_records
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -41,22 +41,22 @@ class File:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A stretch of files: consecutive pieces of them."""
+class FilePortion:
+    """A portion of files: consecutive chunks of them."""
 
-    pieces: list[Piece]
+    chunks: list[Chunk]
     text_key: str
     max_document: int
 
     @property
     def size(self) -> int | None:
-        if any(piece.is_compressed for piece in self.pieces):
+        if any(chunk.is_compressed for chunk in self.chunks):
             return None  # of the text, that is
-        return sum(piece.end - piece.begin for piece in self.pieces)
+        return sum(chunk.end - chunk.begin for chunk in self.chunks)
 
     def records(self) -> Iterator[Record]:
-        for piece in self.pieces:
-            yield from read_records(piece, self.text_key, self.max_document)
+        for chunk in self.chunks:
+            yield from read_records(chunk, self.text_key, self.max_document)
 
 
 def open_files(source: str, files: list[File], text_key: str, max_document: int) -> Texts:
@@ -64,14 +64,14 @@ def open_files(source: str, files: list[File], text_key: str, max_document: int)
     for file in files:
         if Path(file.name).suffix.lower() in PACKED | TABLES and not file.is_compressed:
             raise Refused(f"{file.path} holds no plain text; decompress it, or open it with source=datasets:NAME.")
-    stretches = cut(files, max_document)
+    portions = cut(files, max_document)
     return Texts(
         name=describe(source),
         fingerprint=listing(files),
-        plan=[[file.modified for file in files], [[(p.name, p.begin, p.end) for p in pieces] for pieces in stretches]],
+        plan=[[file.modified for file in files], [[(p.name, p.begin, p.end) for p in chunks] for chunks in portions]],
         files=[file.name for file in files],
         many=any(file.is_lines for file in files),
-        stretches=[Pieces(pieces, text_key, max_document) for pieces in stretches],
+        portions=[FilePortion(chunks, text_key, max_document) for chunks in portions],
     )
 
 
@@ -113,23 +113,23 @@ def listing(files: Iterable[File]) -> str:
     return digest.hexdigest()
 
 
-def cut(files: list[File], max_document: int) -> list[list[Piece]]:
-    """Stretches of about equal size, that depend on the files alone and not on how many processes there are."""
-    size = min(max(sum(f.size for f in files) // 256, 256 << 10), STRETCH)
-    stretches: list[list[Piece]] = [[]]
+def cut(files: list[File], max_document: int) -> list[list[Chunk]]:
+    """Portions of about equal size, that depend on the files alone and not on how many processes there are."""
+    size = min(max(sum(f.size for f in files) // 256, 256 << 10), PORTION)
+    portions: list[list[Chunk]] = [[]]
     filled = 0
     for file in files:
         step = max(file.size, 1) if file.is_compressed else size if file.is_lines else max_document
         for begin in range(0, max(file.size, 1), step):
             if filled >= size:
-                stretches.append([])
+                portions.append([])
                 filled = 0
             end = min(begin + step, file.size)
-            stretches[-1].append(
-                Piece(file.name, file.path, file.size, file.modified, begin, end, file.is_lines, file.is_compressed)
+            portions[-1].append(
+                Chunk(file.name, file.path, file.size, file.modified, begin, end, file.is_lines, file.is_compressed)
             )
             filled += end - begin
-    return stretches
+    return portions
 
 
 def _find(source: str) -> tuple[Path, list[Path]]:

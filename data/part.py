@@ -1,7 +1,7 @@
-"""A stretch of a source to its parts, made by one worker process: read, tokenize, write aside, rename.
+"""A portion of a source to its parts, made by one worker process: read, tokenize, write aside, rename.
 
 A part is closed once it holds so much text, or so many documents, that memory does not grow with the source; the last
-one of a stretch says that it is. A worker that starts anew goes on behind the parts that are there.
+one of a portion says that it is. A worker that starts anew goes on behind the parts that are there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import workers
-from data.records import STRETCH, Stretch
+from data.records import PORTION, Portion
 from data.split import HeldOut
 from data.tokenizer import Tokenizer, open_tokenizer
 
@@ -33,9 +33,9 @@ BLOCK = 512 << 10  # bytes of a part that are read back at once
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to make the parts of one stretch. path: of the parts, without their numbers."""
+    """What a worker needs to make the parts of one portion. path: of the parts, without their numbers."""
 
-    stretch: Stretch
+    portion: Portion
     path: Path
     tokenizer: str
     end_of_document: str | None
@@ -51,7 +51,7 @@ class Part:
 
     bytes:   of the text of each split.
     skipped: documents left out, by rule; cut: documents that became several.
-    records: that were read for it; is_last: whether the stretch ends with it.
+    records: that were read for it; is_last: whether the portion ends with it.
     """
 
     bytes: dict[str, int]
@@ -98,7 +98,7 @@ def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
 
 
 def make_parts(job: Job) -> list[Path]:
-    """The parts of the job's stretch, in order; those that are there are left as they are.
+    """The parts of the job's portion, in order; those that are there are left as they are.
 
     Raises workers.Stopped once the parent has given up.
     """
@@ -116,11 +116,11 @@ def make_parts(job: Job) -> list[Path]:
             return paths
     tokenizer = open_tokenizer(job.tokenizer, job.end_of_document)
     maker = _Maker(tokenizer)
-    for number, record in enumerate(job.stretch.records()):
+    for number, record in enumerate(job.portion.records()):
         workers.heed_stop()
         if number < already:
             continue
-        if maker.filled >= STRETCH:
+        if maker.filled >= PORTION:
             paths.append(maker.write(job.part(len(paths)), is_last=False))
             maker = _Maker(tokenizer)
         maker.source_digest += record.digest

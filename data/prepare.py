@@ -1,6 +1,6 @@
 """Text to a corpus that this package, and Megatron, can read.
 
-The work is cut into stretches that depend on the source alone; worker processes make their parts in `OUT.preparing`,
+The work is cut into portions that depend on the source alone; worker processes make their parts in `OUT.preparing`,
 each written aside and renamed; the parts are joined in order and the finished folder is renamed to `OUT` in one act. So
 a run that is killed goes on where it was, the bytes do not depend on the number of processes or on interruptions, and
 `OUT` is either whole or not there.
@@ -85,8 +85,8 @@ def prepare(request: Prepare) -> str:
         folder = _parts_folder(work, [FORMAT, settings, texts.plan])
         held_out = HeldOut.choose(request.held_out, by, texts.files)
         jobs = [
-            Job(stretch, folder / f"{i:06d}", request.tokenizer, request.end_of_document, held_out)
-            for i, stretch in enumerate(texts.stretches)
+            Job(portion, folder / f"{i:06d}", request.tokenizer, request.end_of_document, held_out)
+            for i, portion in enumerate(texts.portions)
         ]
         whole = work / WHOLE
         with closing(_make_parts(jobs, request.processes, texts.size)) as parts:
@@ -186,7 +186,7 @@ def _parts_folder(work: Path, plan: list[Any]) -> Path:
 
 def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[Path]:
     """The parts in order, made by worker processes while the caller uses those before."""
-    context = worker_context(["data.part", "tokenizers", *{type(job.stretch).__module__ for job in jobs}])
+    context = worker_context(["data.part", "tokenizers", *{type(job.portion).__module__ for job in jobs}])
     done, stop = context.Value("q", 0), context.RawValue("b", 0)
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None)
     pool = ProcessPoolExecutor(min(processes, len(jobs)), context, start_worker, (done, stop))

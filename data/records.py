@@ -1,6 +1,6 @@
 """What `prepare` reads: records, each a document or what is left out in its place, by a stated rule.
 
-A source is cut into stretches that one worker each reads in order. Nothing is held whole but one record, and no record
+A source is cut into portions that one worker each reads in order. Nothing is held whole but one record, and no record
 is longer than a stated limit: a longer document becomes several.
 """
 
@@ -18,7 +18,7 @@ MALFORMED = "malformed JSON line: not one JSON object"
 NO_TEXT = "no text under the text key"
 TOO_LONG = "JSON line over 8 times max_document"
 
-STRETCH = 8 << 20  # bytes of text that are held at once; the memory of a worker is a multiple of this
+PORTION = 8 << 20  # bytes of text that are held at once; the memory of a worker is a multiple of this
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Record:
     cut: bool = False
 
 
-class Stretch(Protocol):
+class Portion(Protocol):
     """A part of a source that one worker reads in order. It travels to the worker."""
 
     @property
@@ -70,12 +70,12 @@ class Texts:
     plan: list[object]
     files: list[str]
     many: bool
-    stretches: list[Stretch]
+    portions: list[Portion]
 
     @property
     def size(self) -> int | None:
-        """Bytes of all stretches; None where one does not know."""
-        sizes = [stretch.size for stretch in self.stretches]
+        """Bytes of all portions; None where one does not know."""
+        sizes = [portion.size for portion in self.portions]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
 

@@ -1,6 +1,7 @@
 """Rows of anything that the `datasets` library opens: a builder, a hub name, a saved dataset, Parquet; also streamed.
 
-Whatever it is becomes a stream of shards, a worker reads a shard, and only the rows in hand are in memory.
+Whatever it is becomes a stream, a portion of it is what the library calls a shard, and only the rows in hand are in
+memory.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import pyarrow as pa
 
 from conf.schema import Refused
 from data.files import File, describe, list_files, listing
-from data.records import NO_TEXT, STRETCH, Record, Texts, place_digest, records
+from data.records import NO_TEXT, PORTION, Record, Texts, place_digest, records
 
 ROWS = 256  # rows asked of the library at once
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One of `of` consecutive stretches of a stream of rows; `of` is 0 where the stream is one stretch."""
+class RowPortion:
+    """One of `of` consecutive portions of a stream of rows; `of` is 0 where the stream is one portion."""
 
     stream: bytes
     index: int
@@ -88,7 +89,7 @@ def open_rows(asked: Rows) -> Texts:
 
 
 def open_parquet(source: str, files: list[File], rows: int | None, text_key: str, max_document: int) -> Texts:
-    """Parquet files, each row group a stretch, of which the text column alone is read."""
+    """Parquet files, each row group a portion, of which the text column alone is read."""
     _quieten()
     builder = _try(
         source,
@@ -114,7 +115,7 @@ def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = 
         if not len(found):
             raise Refused(f"split '{asked.split}' of {asked.name} has no row.")
         size = found.data.nbytes
-        found = found.to_iterable_dataset(num_shards=min(max(size // STRETCH, 1), len(found)))
+        found = found.to_iterable_dataset(num_shards=min(max(size // PORTION, 1), len(found)))
     elif found.column_names is not None:
         found = found.select_columns([asked.text_key])
     of = 0
@@ -124,10 +125,10 @@ def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = 
         of = found.num_shards
     stream = pickle.dumps(found)
     sizes = [size // of if size is not None and of else None] * max(of, 1)
-    stretches = [
-        Shard(stream, index, of, sizes[index], asked.text_key, asked.max_document) for index in range(max(of, 1))
+    portions = [
+        RowPortion(stream, index, of, sizes[index], asked.text_key, asked.max_document) for index in range(max(of, 1))
     ]
-    return Texts(name, fingerprint, [of, plan], [], True, list(stretches))
+    return Texts(name, fingerprint, [of, plan], [], True, list(portions))
 
 
 def _open(asked: Rows, builder: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The records in a piece of a text file or of JSONL.
+"""The records in a chunk of a text file or of JSONL.
 
 A text file is one document. One over the limit becomes several, cut at multiples of the limit, moved back to a line's
-end, so that each piece finds its own borders. JSONL is read line by line, and no line is held beyond 8 times the limit.
+end, so that each chunk finds its own borders. JSONL is read line by line, and no line is held beyond 8 times the limit.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ LINE = 8  # a JSON line may be this many times as long as a document: escapes ma
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Bytes [begin, end) of a file of `size` bytes: of a text file, or the lines of JSONL that begin there.
 
     modified: nanoseconds, when the file was listed.
-    A compressed file is always one piece, since it can only be read from its beginning.
+    A compressed file is always one chunk, since it can only be read from its beginning.
     """
 
     name: str
@@ -50,79 +50,83 @@ class Piece:
     is_compressed: bool = False
 
 
-def read_records(piece: Piece, text_key: str, max_document: int) -> Iterator[Record]:
-    """The records of a piece. Raises OSError where the file cannot be read or changed since it was listed.
+def read_records(chunk: Chunk, text_key: str, max_document: int) -> Iterator[Record]:
+    """The records of a chunk. Raises OSError where the file cannot be read or changed since it was listed.
 
     A byte-order mark at the start of a file is no text. Blank lines of JSONL are no documents.
     """
-    with open(piece.path, "rb") as file:
-        _check_unchanged(piece, file)
-        if not piece.is_lines:
-            yield _whole(piece, file, max_document) if piece.size <= max_document else _part(piece, file, max_document)
-        elif piece.is_compressed:
+    with open(chunk.path, "rb") as file:
+        _check_unchanged(chunk, file)
+        if not chunk.is_lines:
+            yield (
+                _whole(chunk, file, max_document)
+                if chunk.size <= max_document
+                else _one_of_several(chunk, file, max_document)
+            )
+        elif chunk.is_compressed:
             try:
                 with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield from _lines(piece, cast(BinaryIO, unpacked), None, text_key, max_document)
+                    yield from _lines(chunk, cast(BinaryIO, unpacked), None, text_key, max_document)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise OSError(f"{piece.path} is a damaged gzip file ({error})") from None
+                raise OSError(f"{chunk.path} is a damaged gzip file ({error})") from None
         else:
-            yield from _lines(piece, file, piece.end, text_key, max_document)
-        _check_unchanged(piece, file)
+            yield from _lines(chunk, file, chunk.end, text_key, max_document)
+        _check_unchanged(chunk, file)
 
 
-def _check_unchanged(piece: Piece, file: BinaryIO) -> None:
+def _check_unchanged(chunk: Chunk, file: BinaryIO) -> None:
     found = os.fstat(file.fileno())
-    if found.st_size != piece.size:
-        raise OSError(f"{piece.path} changed while it was read: {found.st_size} bytes where it had {piece.size}")
-    if found.st_mtime_ns != piece.modified:
-        raise OSError(f"{piece.path} changed while it was read: it was written to after it was listed")
+    if found.st_size != chunk.size:
+        raise OSError(f"{chunk.path} changed while it was read: {found.st_size} bytes where it had {chunk.size}")
+    if found.st_mtime_ns != chunk.modified:
+        raise OSError(f"{chunk.path} changed while it was read: it was written to after it was listed")
 
 
-def _whole(piece: Piece, file: BinaryIO, max_document: int) -> Record:
+def _whole(chunk: Chunk, file: BinaryIO, max_document: int) -> Record:
     content = file.read()
-    digest = place_digest(piece.name, 0, content)
+    digest = place_digest(chunk.name, 0, content)
     content = content.removeprefix(BOM)
-    return record(content, file=piece.name, document=hash64(content), digest=digest)
+    return record(content, file=chunk.name, document=hash64(content), digest=digest)
 
 
-def _part(piece: Piece, file: BinaryIO, limit: int) -> Record:
+def _one_of_several(chunk: Chunk, file: BinaryIO, limit: int) -> Record:
     """One of the documents that a text file over the limit becomes."""
 
     def border(at: int) -> int:
-        if at in (0, piece.size):
+        if at in (0, chunk.size):
             return at
         file.seek(at - look_back(limit))
         return at - before(file.read(look_back(limit)))
 
-    begin, end = border(piece.begin), border(piece.end)
+    begin, end = border(chunk.begin), border(chunk.end)
     file.seek(begin)
     content = file.read(end - begin)
-    digest = place_digest(piece.name, begin, content)
+    digest = place_digest(chunk.name, begin, content)
     if begin == 0:
         content = content.removeprefix(BOM)
-    return record(content, file=piece.name, document=hash64(os.fsencode(piece.name)), digest=digest, cut=begin == 0)
+    return record(content, file=chunk.name, document=hash64(os.fsencode(chunk.name)), digest=digest, cut=begin == 0)
 
 
-def _lines(piece: Piece, file: BinaryIO, end: int | None, text_key: str, max_document: int) -> Iterator[Record]:
+def _lines(chunk: Chunk, file: BinaryIO, end: int | None, text_key: str, max_document: int) -> Iterator[Record]:
     limit = LINE * max_document
-    offset = piece.begin
-    if offset:  # a line that begins before the piece belongs to the piece before
+    offset = chunk.begin
+    if offset:  # a line that begins before the chunk belongs to the chunk before
         file.seek(offset - 1)
         offset += sum(map(len, _rest_of_line(file, limit))) - 1
     while (end is None or offset < end) and (line := file.readline(limit + 1)):
         length = len(line)
-        digest = place_digest(piece.name, offset, line)
+        digest = place_digest(chunk.name, offset, line)
         if length > limit and not line.endswith(b"\n"):
             for more in _rest_of_line(file, limit):
-                digest += place_digest(piece.name, offset + length, more)
+                digest += place_digest(chunk.name, offset + length, more)
                 length += len(more)
-            yield Record(piece.name, None, TOO_LONG, 0, digest)
+            yield Record(chunk.name, None, TOO_LONG, 0, digest)
         else:
-            yield from _line(line.removeprefix(BOM) if offset == 0 else line, piece, digest, text_key, max_document)
+            yield from _line(line.removeprefix(BOM) if offset == 0 else line, chunk, digest, text_key, max_document)
         offset += length
 
 
-def _line(line: bytes, piece: Piece, digest: int, text_key: str, max_document: int) -> Iterator[Record]:
+def _line(line: bytes, chunk: Chunk, digest: int, text_key: str, max_document: int) -> Iterator[Record]:
     rule = None
     try:
         text = line.decode()
@@ -133,13 +137,13 @@ def _line(line: bytes, piece: Piece, digest: int, text_key: str, max_document: i
             elif not isinstance(found.get(text_key), str):
                 rule = NO_TEXT
             else:  # JSON can spell half a surrogate pair, which is no text
-                yield from records(found[text_key].encode(), max_document, file=piece.name, digest=digest)
+                yield from records(found[text_key].encode(), max_document, file=chunk.name, digest=digest)
                 return
     except UnicodeError:
         rule = NOT_UTF8
     except (ValueError, RecursionError):
         rule = MALFORMED
-    yield Record(piece.name, None, rule, 0, digest)
+    yield Record(chunk.name, None, rule, 0, digest)
 
 
 def _rest_of_line(file: BinaryIO, limit: int) -> Iterator[bytes]:

@@ -109,8 +109,8 @@ class _Sample:
 
     def __iter__(self) -> Iterator[str]:
         with tqdm(total=self._size, unit="B", unit_scale=True, desc="sample", disable=None) as bar:
-            for stretch in self._texts.stretches:
-                for record in stretch.records():
+            for portion in self._texts.portions:
+                for record in portion.records():
                     if record.text is None or record.document >= self._threshold:
                         continue
                     if self._texts.size is None and self.bytes >= self._size:

@@ -27,13 +27,13 @@ def side(held_out: HeldOut, name: str, document: int = 0) -> str:
 @given(st.lists(st.tuples(st.integers(0, 5 << 20), st.booleans()), min_size=1, max_size=12))
 def test_parts_of_work_cover_each_file_once(files: list[tuple[int, bool]]) -> None:
     listed = [File(f"{i}.jsonl" if is_lines else f"{i}", "", size, 0) for i, (size, is_lines) in enumerate(files)]
-    pieces = [piece for part in cut(listed, 1 << 20) for piece in part]
+    chunks = [chunk for part in cut(listed, 1 << 20) for chunk in part]
     for file in listed:
-        mine = [piece for piece in pieces if piece.name == file.name]
-        assert [piece.begin for piece in mine] == [0, *(piece.end for piece in mine[:-1])]
+        mine = [chunk for chunk in chunks if chunk.name == file.name]
+        assert [chunk.begin for chunk in mine] == [0, *(chunk.end for chunk in mine[:-1])]
         assert mine[-1].end == file.size
-        assert file.is_lines or all(piece.begin % (1 << 20) == 0 for piece in mine), "where a long document is cut"
-    assert [p.name for p in pieces] == sorted((p.name for p in pieces), key=lambda name: int(name.split(".")[0]))
+        assert file.is_lines or all(chunk.begin % (1 << 20) == 0 for chunk in mine), "where a long document is cut"
+    assert [p.name for p in chunks] == sorted((p.name for p in chunks), key=lambda name: int(name.split(".")[0]))
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=60, unique=True), st.floats(0.001, 0.999))

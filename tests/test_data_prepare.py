@@ -176,7 +176,7 @@ def test_a_full_disk_fails_and_leaves_nothing_that_looks_whole(tmp_path: Path) -
 def test_an_interruption_waits_for_no_more_than_the_records_in_hand(
     interrupt: Callable[[int], None], tmp_path: Path
 ) -> None:
-    """One stretch of 3,000,000 documents, of which a part holds a hundredth."""
+    """One portion of 3,000,000 documents, of which a part holds a hundredth."""
     with gzip.open(tmp_path / "lines.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"text": "ab"}\n' * 3_000_000)
     words = arguments("prepare", f"source={tmp_path / 'lines.jsonl.gz'}", f"out={tmp_path / 'out'}")

@@ -32,7 +32,7 @@ KILLS = 7
 
 
 def write_source(folder: Path) -> Path:
-    """JSONL with bad lines, and a text file over the limit; 22 stretches."""
+    """JSONL with bad lines, and a text file over the limit; 22 portions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = [json.dumps({"text": "line\n" * int(n)}) for n in rng.integers(0, 6_000, 300)]
@@ -97,14 +97,14 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path) -
 
 
 def test_a_stretch_goes_on_behind_any_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part, "STRETCH", 60_000)
+    monkeypatch.setattr(part, "PORTION", 60_000)
     monkeypatch.setattr(part, "BATCH", 10_000)
     monkeypatch.setattr(workers, "progress", lambda done: None)
-    (stretch,) = TextSource(str(write_source(tmp_path / "texts") / "a.jsonl")).open().stretches[:1]
+    (portion,) = TextSource(str(write_source(tmp_path / "texts") / "a.jsonl")).open().portions[:1]
 
     def parts(folder: Path) -> dict[str, bytes]:
         folder.mkdir(exist_ok=True)
-        made = make_parts(Job(stretch, folder / "0", "bytes", None, HeldOut("document", 2**62)))
+        made = make_parts(Job(portion, folder / "0", "bytes", None, HeldOut("document", 2**62)))
         return {path.name: path.read_bytes() for path in made}
 
     whole = parts(tmp_path / "whole")
@@ -120,13 +120,13 @@ def test_a_stretch_goes_on_behind_any_of_its_parts(tmp_path: Path, monkeypatch: 
 
 def test_many_short_documents_fill_a_part_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A document costs memory beside its text; 2,000 of 2 bytes are no 4 kB."""
-    monkeypatch.setattr(part, "STRETCH", 60_000)
+    monkeypatch.setattr(part, "PORTION", 60_000)
     monkeypatch.setattr(part, "BATCH", 10_000)
     monkeypatch.setattr(workers, "progress", lambda done: None)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ab"}\n' * 2_000)
-    (stretch,) = TextSource(str(path)).open().stretches
-    made = [Part.read(path) for path in make_parts(Job(stretch, tmp_path / "0", "bytes", None, HeldOut("document", 0)))]
+    (portion,) = TextSource(str(path)).open().portions
+    made = [Part.read(path) for path in make_parts(Job(portion, tmp_path / "0", "bytes", None, HeldOut("document", 0)))]
     assert sum(one.records for one in made) == 2_000
     assert max(one.records for one in made) <= 300
 
@@ -165,7 +165,7 @@ print(json.dumps([int(own[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_m
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
-    """A third and the whole of 60 MB in 100,000 documents, in one stretch; a third already fills several parts."""
+    """A third and the whole of 60 MB in 100,000 documents, in one portion; a third already fills several parts."""
     peaks, sizes = [], []
     for documents in (30_000, 100_000):
         path = tmp_path / f"{documents}.jsonl.gz"

@@ -19,7 +19,7 @@ from conf.schema import Refused
 from data.manifest import Manifest
 from data.prepare import Prepare, prepare
 from data.records import EMPTY, NO_TEXT, NOT_UTF8
-from data.rows import Shard
+from data.rows import RowPortion
 from data.texts import TextSource
 
 LIMIT = 1000
@@ -77,8 +77,8 @@ def test_every_way_gives_the_records_of_the_same_jsonl(
 
 def read(source: TextSource) -> list[tuple[str | None, str | None, int, bool]]:
     """The records, in order, as a worker gets them."""
-    stretches = pickle.loads(pickle.dumps(source.open().stretches))
-    return [(r.text, r.skipped, r.document, r.cut) for stretch in stretches for r in stretch.records()]
+    portions = pickle.loads(pickle.dumps(source.open().portions))
+    return [(r.text, r.skipped, r.document, r.cut) for portion in portions for r in portion.records()]
 
 
 def test_parquet_becomes_the_corpus_of_the_same_jsonl(folder: Path, tmp_path: Path) -> None:
@@ -169,5 +169,5 @@ def test_keys_of_datasets_need_a_dataset() -> None:
 
 
 def test_a_job_carries_the_stream_and_not_the_rows(folder: Path) -> None:
-    stretches = TextSource(f"datasets:{folder}/saved").open().stretches
-    assert all(isinstance(s, Shard) and len(s.stream) < 100_000 for s in stretches)
+    portions = TextSource(f"datasets:{folder}/saved").open().portions
+    assert all(isinstance(s, RowPortion) and len(s.stream) < 100_000 for s in portions)

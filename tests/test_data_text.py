@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.records import EMPTY, MALFORMED, NO_TEXT, NOT_UTF8, TOO_LONG, Record, records
-from data.text import Piece, read_records
+from data.text import Chunk, read_records
 
 LIMIT = 64  # bytes: max_document here
 
@@ -23,8 +23,8 @@ def read_file(path: Path, borders: list[int], limit: int = LIMIT) -> list[Record
     facts = path.stat()
     file = ("a", str(path), facts.st_size, facts.st_mtime_ns)
     is_lines = ".jsonl" in path.name
-    pieces = [Piece(*file, begin, end, is_lines, path.suffix == ".gz") for begin, end in pairwise(borders)]
-    return [record for piece in pieces for record in read_records(piece, "text", limit)]
+    chunks = [Chunk(*file, begin, end, is_lines, path.suffix == ".gz") for begin, end in pairwise(borders)]
+    return [record for chunk in chunks for record in read_records(chunk, "text", limit)]
 
 
 def multiples(size: int, limit: int = LIMIT) -> list[int]:
@@ -40,7 +40,7 @@ def multiples(size: int, limit: int = LIMIT) -> list[int]:
 def test_cut_lines_are_read_once_wherever_they_are_cut(
     tmp_path_factory: pytest.TempPathFactory, written: list[str | bytes], cuts: list[int]
 ) -> None:
-    """Pieces that join to the file give the documents and the counts of the file in one piece."""
+    """Chunks that join to the file give the documents and the counts of the file as one."""
     lines = [json.dumps({"text": r}).encode() if isinstance(r, str) else r.replace(b"\n", b"") for r in written]
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
@@ -63,7 +63,7 @@ def test_cut_lines_are_read_once_wherever_they_are_cut(
 def test_a_document_over_the_limit_is_cut_at_the_same_places_in_a_file_and_in_memory(
     tmp_path_factory: pytest.TempPathFactory, written: list[str]
 ) -> None:
-    """The pieces join to the whole, none is much over the limit, and no character is lost at a border."""
+    """The chunks join to the whole, none is much over the limit, and no character is lost at a border."""
     text = "x" + "".join(written).replace("\r", "") + "x"
     content = text.encode()
     path = tmp_path_factory.mktemp("text") / "a.txt"
@@ -90,7 +90,7 @@ def test_a_document_over_the_limit_is_cut_at_the_same_places_in_a_file_and_in_me
         pytest.param("a.txt", b"na\xefve", [NOT_UTF8], id="latin-1"),
         pytest.param("a.txt", b"x" * LIMIT, ["x" * LIMIT], id="as-long-as-the-limit"),
         pytest.param("a.txt", b"x" * (LIMIT + 1), ["x" * LIMIT, "x"], id="one-byte-over-the-limit"),
-        pytest.param("a.txt", b"x" * LIMIT + b"\xff", ["x" * LIMIT, NOT_UTF8], id="a-bad-byte-spoils-its-piece-alone"),
+        pytest.param("a.txt", b"x" * LIMIT + b"\xff", ["x" * LIMIT, NOT_UTF8], id="a-bad-byte-spoils-its-chunk-alone"),
         pytest.param("a.txt", b"\x80" * (3 * LIMIT), [NOT_UTF8] * 3, id="no-character-at-any-border"),
         pytest.param("a.jsonl", b"\n\n \n", [], id="blank-lines"),
         pytest.param("a.jsonl", b'{"text": "a"}', ["a"], id="no-newline-at-the-end"),
@@ -127,15 +127,15 @@ def test_a_file_that_changed_is_not_read(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     listed = path.stat().st_mtime_ns - 1
     with pytest.raises(OSError, match=r"a\.txt changed while it was read"):
-        list(read_records(Piece("a", str(path), 3, listed, 0, 3, False), "text", LIMIT))
+        list(read_records(Chunk("a", str(path), 3, listed, 0, 3, False), "text", LIMIT))
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed_at_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' * 2)
     facts = path.stat()
-    piece = Piece("a", str(path), facts.st_size, facts.st_mtime_ns, 0, facts.st_size, True)
-    reading = read_records(piece, "text", LIMIT)
+    chunk = Chunk("a", str(path), facts.st_size, facts.st_mtime_ns, 0, facts.st_size, True)
+    reading = read_records(chunk, "text", LIMIT)
     next(reading)
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
     with pytest.raises(OSError, match=r"a\.jsonl changed while it was read"):
