@@ -181,7 +181,7 @@ def test_an_interruption_waits_for_no_more_than_the_records_in_hand(
         file.write(b'{"text": "ab"}\n' * 3_000_000)
     words = arguments("prepare", f"source={tmp_path / 'lines.jsonl.gz'}", f"out={tmp_path / 'out'}")
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(tmp_path.glob("out.preparing/*/*.npz")):
+    while not list(tmp_path.glob("out.preparing/*/*.npz")) and process.poll() is None:
         time.sleep(0.01)
     interrupt(process.pid)
     asked = time.monotonic()
