@@ -126,9 +126,10 @@ class Interleave:
             order.append(chosen)
             ranks.append(counts[chosen] - repeated[chosen])
             counts[chosen] += 1
-            ready[chosen], due[chosen] = self._plans[chosen].ready(counts[chosen]), self._due(chosen, counts[chosen])
-            if self.weights[chosen]:
-                sight = max(sight, self._plans[chosen].due(counts[chosen]) - n)
+            plan, count = self._plans[chosen], counts[chosen]
+            ready[chosen], due[chosen] = plan.ready(count), self._due(chosen, count)
+            if self.weights[chosen] and not self._rounds:
+                sight = max(sight, plan.due(count) - n)
             n += 1
         return np.array(order, np.int16), np.array(ranks, np.int64)
 

@@ -14,7 +14,8 @@ from data.source import Source
 Weights = Mapping[str, float]
 
 LONGEST_PERIOD = 1_000_000
-"""Windows after which an order must repeat: the table of one period is held in memory, some 10 bytes a window."""
+"""Windows after which an order must repeat: a period, and near a leg's end as many as a source of the smallest share
+can wait for its window, are held in memory, some 10 bytes a window."""
 
 
 class Mixture:
