@@ -142,10 +142,7 @@ def _their_family(path: Path) -> tuple[published.Family, ModelConfig]:
 
 def _theirs(path: Path) -> Weights:
     family, config = _their_family(path)
-    tensors: Mapping[str, Tensor] = shards.Shards(path)
-    block = stored.blocks(_mapping(path / THEIRS, json.loads))
-    if block is not None:
-        tensors = stored.Plain(tensors, block)
+    tensors = stored.Plain(shards.Shards(path), stored.blocks(_mapping(path / THEIRS, json.loads)))
     names, shapes = family.tensor_names(config), _shapes(config)
     if config.mtp is not None:
         plain = dataclasses.replace(config, mtp=None)

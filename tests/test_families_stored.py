@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conf.schema import Refused
+from models import shards
 from models.families.common import stored
 from models.weights import open_weights, save_model
-from tests.test_families import edit_config, tiny
+from tests import draw_v4
+from tests.test_families import edit_config, reference, tiny
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [4, 3]}
 INT4 = {
@@ -97,6 +99,109 @@ def test_a_factor_for_each_block_is_asked_for() -> None:
     assert found.tolist() == [[1.0, 1.0, 1.0, 10.0]] * 4 + [[100.0, 100.0, 100.0, 1000.0]]
     with pytest.raises(Refused, match="x needs"):
         stored.times_blocks(torch.ones(5, 7), factors, (4, 3), "x")
+
+
+E4M3, E2M1 = (4, 3, 7), (2, 1, 1)
+"""Bits of the exponent and of the mantissa, and the exponent that means 1."""
+
+
+def number(code: int, kind: tuple[int, int, int]) -> float:
+    """Bit by bit: sign, exponent, mantissa; with exponent 0 there is no leading one."""
+    exponent_bits, mantissa_bits, one = kind
+    exponent, mantissa = (code >> mantissa_bits) % 2**exponent_bits, code % 2**mantissa_bits / 2**mantissa_bits
+    size = 2.0 ** (exponent - one) * (1 + mantissa) if exponent else 2.0 ** (1 - one) * mantissa
+    return -size if code >> (exponent_bits + mantissa_bits) else size
+
+
+def drawn(shape: torch.Size, kind: tuple[int, int, int], block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Any numbers with any factors from 2⁻⁸ to 2⁷: both as DeepSeek-V4 stores them, and what they mean."""
+    rows, columns = shape
+    codes = torch.randint(16 if kind == E2M1 else 256, shape)
+    codes[codes & 127 == 127] = 0  # of E4M3, what is no number
+    exponents = torch.randint(119, 135, (-(-rows // block[0]), -(-columns // block[1])))
+    meant = [
+        [number(code, kind) * 2.0 ** (int(exponents[r // block[0], c // block[1]]) - 127) for c, code in enumerate(row)]
+        for r, row in enumerate(codes.tolist())
+    ]
+    held = codes.to(torch.uint8).view(torch.float8_e4m3fn)
+    if kind == E2M1:
+        held = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8).view(torch.int8)
+    return held, exponents.to(torch.uint8).view(torch.float8_e8m0fnu), torch.tensor(meant)
+
+
+SIZES = {"vocab_size": 11, "hidden_size": 38, "num_attention_heads": 2, "num_experts_per_tok": 2}
+"""No matrix but one is made of whole blocks."""
+
+RELEASED = {"model.embed_tokens.": "embed.", "model.norm.": "norm.", "model.hc_head.hc_": "hc_head_", "model.": ""}
+"""What DeepSeek's names begin with, by what Transformers' do."""
+
+
+def as_released(name: str) -> str:
+    start = next((start for start in RELEASED if name.startswith(start)), "")
+    return (RELEASED.get(start, "") + name.removeprefix(start)).replace("attn.norm.", "attn.kv_norm.")
+
+
+def stored_as(name: str) -> tuple[tuple[int, int, int], tuple[int, int]] | None:
+    """Experts in FP4, but one in FP8 (all are in a base model) and one as it is; of the rest what releases lower."""
+    if any(part in name for part in ("attn.w", "indexer.wq_b", "shared_experts", "experts.1.")):
+        return E4M3, (4, 3)
+    return (E2M1, (1, 32)) if ".experts." in name and "experts.2." not in name else None
+
+
+def test_deepseek_v4_is_read_as_it_is_released(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several files, each tensor stored in its own way, the last blocks of rows and columns cut."""
+    reference("deepseek_v4", **(draw_v4.TINY | SIZES)).save_pretrained(tmp_path / "meant")
+    meant = {as_released(name): tensor for name, tensor in load_file(tmp_path / "meant/model.safetensors").items()}
+    held = dict(meant)
+    for name, tensor in meant.items():
+        if (kind := stored_as(name)) is not None:
+            held[name], held[name.removesuffix("weight") + "scale"], meant[name] = drawn(tensor.shape, *kind)
+    assert {tensor.dtype for tensor in held.values()} >= {torch.int8, torch.float8_e4m3fn, torch.float32}
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/config.json").write_bytes((tmp_path / "meant/config.json").read_bytes())
+    edit_config(tmp_path / "held", expert_dtype="fp4", quantization_config=FP8 | {"scale_fmt": "ue8m0"})
+    shards.write(tmp_path / "held", held.items(), 2**14)
+    shards.write(tmp_path / "meant", meant.items())
+    read, exact = open_weights(tmp_path / "held"), open_weights(tmp_path / "meant")
+    assert len(list((tmp_path / "held").glob("*.safetensors"))) > 2
+    assert read.config == exact.config
+    assert set(read.tensors) == set(exact.tensors)
+    for name in read.tensors:
+        torch.testing.assert_close(read.tensors[name], exact.tensors[name], rtol=0, atol=0, msg=name)
+    assert "expert_dtype" not in capsys.readouterr().err
+
+
+BYTES, FACTORS = torch.zeros(4, 19, dtype=torch.int8), torch.ones(4, 2)
+EIGHT = torch.ones(4, 5).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        pytest.param({"x.weight": BYTES}, "x.weight is stored in int8 without", id="FP4 without factors"),
+        pytest.param({"x.weight": EIGHT}, "x.weight is stored in float8_e4m3fn without", id="FP8 without factors"),
+        pytest.param({"x.weight": BYTES, "x.scale": FACTORS[:, :1]}, "needs .4, 2. factors", id="too few factors"),
+        pytest.param({"x.weight": EIGHT, "x.scale": FACTORS}, "needs .1, 2. factors", id="factors of FP4 for FP8"),
+        pytest.param({"x.weight": EIGHT[0], "x.scale": FACTORS[0]}, "no matrix", id="a vector"),
+        pytest.param({"x.weight": BYTES, "x.scale": FACTORS.to(torch.uint8)}, "factors in uint8", id="bare exponents"),
+        pytest.param({"x.weight": BYTES, "x.scale": FACTORS / 0}, "no finite number", id="an infinite factor"),
+        pytest.param({"x.weight": FACTORS, "x.scale": FACTORS}, "stored in float32 with", id="factors of fp32"),
+        pytest.param({"x_packed": BYTES}, "x_shape is missing", id="INT4 without its shape"),
+        pytest.param(
+            {"x_packed": BYTES.int(), "x_shape": torch.tensor([4, 9])}, "x_scale is missing", id="INT4 without factors"
+        ),
+    ],
+)
+def test_a_weight_that_cannot_be_read_is_refused(held: dict[str, Tensor], words: str) -> None:
+    tensors = stored.Plain(held, (4, 3))
+    (name,) = tensors
+    with pytest.raises(Refused, match=words):
+        tensors[name]
+
+
+def test_blocks_of_unknown_size_are_refused() -> None:
+    with pytest.raises(Refused, match="no quantization_config"):
+        stored.Plain({"x.weight": EIGHT, "x.scale": torch.ones(1, 2)}, None)["x.weight"]
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,27 @@ class Ours(Mapping[str, Tensor]):
         if isinstance(spelling, Flat):
             flat = self._theirs[spelling.name]
             return flat.view(shape) if flat.shape == (shape[0] * shape[1], *shape[2:]) else flat
-        experts = [[self._theirs[part.format(expert=e)] for part in spelling] for e in range(shape[0])]
-        try:
-            return torch.stack([torch.cat(parts) for parts in experts])
-        except RuntimeError:
-            raise Refused(
-                f"{self._where} holds {_text(spelling)} of shapes that differ from expert to expert."
-            ) from None
+        return self._stack(spelling, shape[0])
+
+    def _stack(self, parts: tuple[str, ...], experts: int) -> Tensor:
+        """One matrix an expert, read one after another: a large layer's experts are not held twice."""
+        uneven = Refused(f"{self._where} holds {_text(parts)} of shapes that differ from expert to expert.")
+        stack: Tensor | None = None
+        for expert in range(experts):
+            matrices = [self._theirs[part.format(expert=expert)] for part in parts]
+            try:
+                matrix = torch.cat(matrices)
+            except RuntimeError:
+                raise uneven from None
+            if stack is None:
+                stack = matrix.new_empty(experts, *matrix.shape)
+            if matrix.shape != stack.shape[1:]:
+                raise uneven
+            # a release may store each expert in another dtype
+            stack = stack.to(torch.promote_types(stack.dtype, matrix.dtype))
+            stack[expert] = matrix
+        assert stack is not None
+        return stack
 
     def _whole(self, share: Share, size: int) -> Tensor:
         """The tensor of all parts, read once. Raises Refused where it is not made of them."""

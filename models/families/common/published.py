@@ -48,6 +48,7 @@ INERT = frozenset(
         "use_cache",
         # how the weights are stored: see stored.py
         "quantization_config",
+        "expert_dtype",
         # losses of training
         "aux_loss_alpha",
         "router_aux_loss_coef",
