@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from conf import schema
 from models import mechanism
@@ -102,6 +103,38 @@ def test_mixing_is_doubly_stochastic(std: float, rounds: int, least: float, most
     assert (matrix >= 0).all()
     assert (matrix.sum(-2) - 1).abs().max() < 1e-5
     assert least <= (matrix.sum(-1) - 1).abs().max() <= most
+
+
+def divided(matrix: Tensor, rounds: int) -> Tensor:
+    """The divisions one after another, for autograd to follow."""
+    for dim in [-1, *[-2, -1] * rounds][1 : 2 * rounds]:
+        matrix = matrix / (matrix.sum(dim, keepdim=True) + EPS)
+    return matrix
+
+
+@pytest.mark.parametrize(("streams", "rounds", "std"), [(4, 20, 1), (4, 20, 30), (3, 1, 1), (2, 5, 6)])
+def test_mixing_has_the_gradient_of_its_divisions(streams: int, rounds: int, std: float) -> None:
+    """Also where entries vanish, and for a gradient that is expanded or lies in another order."""
+    logits = (std * torch.randn(5, 7, streams, streams, dtype=torch.float64)).requires_grad_()
+    probe = torch.randn(streams, streams, dtype=torch.float64)
+    found, wanted = sinkhorn(logits, rounds, EPS), divided(logits.softmax(-1) + EPS, rounds)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    for matrix in (probe.expand_as(found), torch.randn_like(found).transpose(0, 1).contiguous().transpose(0, 1)):
+        gradients = [torch.autograd.grad(mixed, logits, matrix, retain_graph=True)[0] for mixed in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_more_rounds_make_no_larger_graph() -> None:
+    """Unrolled, half of a layer's graph would be divisions."""
+
+    def nodes(rounds: int) -> int:
+        def both(logits: Tensor) -> Tensor:
+            leaf = logits.detach().requires_grad_()
+            return torch.autograd.grad(sinkhorn(leaf, rounds, EPS).square().sum(), leaf)[0]
+
+        return len(make_fx(both, tracing_mode="fake")(torch.randn(3, 4, 4)).graph.nodes)
+
+    assert nodes(20) == nodes(1)
 
 
 def mixings(std: float, depth: int) -> list[Tensor]:

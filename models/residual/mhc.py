@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from models import contract
 from models.linear import full_precision
 from models.parameter import Module
+from models.sinkhorn import balanced
 
 GATE = 0.01
 """α at the start (arXiv 2512.24880, table of hyper-parameters)."""
@@ -139,12 +140,7 @@ def sinkhorn(logits: Tensor, rounds: int, eps: float) -> Tensor:
     Rows, then columns, `rounds` times, as DeepSeek's code does it: the first rows by a softmax, the columns last. So
     every destination is a convex combination of the sources (to eps); the rows sum to 1 as nearly as the rounds allow.
     """
-    matrix = logits.softmax(-1) + eps
-    matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    for _ in range(rounds - 1):
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    return matrix
+    return balanced(logits.softmax(-1) + eps, rounds, eps)
 
 
 def _weighted(logits: Tensor, streams: Tensor, eps: float) -> Tensor:
