@@ -172,7 +172,7 @@ def cca(**changes: Any) -> Plan:
 
 def depth_moe(**changes: Any) -> Plan:
     # wide enough that a rounding of the router shows in the logits, and that no expert is left alone
-    return {"scheme": "depth_moe", "experts": 3, "hidden": 20, "router_hidden": 32, **changes}
+    return {"scheme": "depth_moe", "experts": 3, "hidden": 24, "router_hidden": 32, **changes}
 
 
 def swa(**changes: Any) -> Plan:
