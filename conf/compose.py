@@ -45,8 +45,8 @@ def choices(group: str) -> list[str]:
 
 def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
     """The configuration `conf/<root>.yaml` under `overrides`, resolved to plain values. Raises Refused."""
-    parsed = _parse(overrides)
-    prepared = [_prepare(override, groups(root)) for override in parsed]
+    parsed, known = _parse(overrides), groups(root)
+    prepared = [_prepare(override, known) for override in parsed]
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             config = hydra_compose(root, prepared)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_hints = functools.cache(typing.get_type_hints)  # evaluates the text of every annotation
 
 
 class Refused(Exception):
@@ -35,7 +38,7 @@ def build(owner: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise Refused(f"{where or 'the configuration'} is {_show(values)}, but a mapping of keys is needed.")
-    hints = typing.get_type_hints(owner)
+    hints = _hints(owner)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(owner) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
