@@ -273,7 +273,7 @@ def snapshot_code(directory: Path) -> str:
     file = directory / f"code_{digest.hexdigest()}.tar.gz"
     if not file.exists():
         aside = file.with_name(f".{file.name}.partial")
-        with tarfile.open(aside, mode="w:gz") as archive:
+        with tarfile.open(aside, mode="w:gz", compresslevel=6) as archive:  # 9 takes twice as long, and saves 1 %
             for name, content in contents.items():
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
