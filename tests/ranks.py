@@ -28,7 +28,7 @@ from tests.settle import settle
 
 GRACE = 5.0  # seconds that the other ranks get to report, once one has failed
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def runner(folder: Path) -> Callable[..., list[Any]]:

@@ -26,16 +26,6 @@ from tests.corpora import write_corpus
 from tests.ranks import CONTEXT
 from train.checkpoint.storage import read_table, read_tensors
 
-CONTEXT.set_forkserver_preload(
-    [
-        "torch.distributed.tensor",
-        "torch.distributed.fsdp",
-        "train.run",
-        "conf.compose",
-        "megatron.core.datasets.indexed_dataset",
-    ]
-)
-
 TINY = (
     "run.threads=1", "run.device=cpu", "model.width=16", "model.vocab=64", "attention.heads=2", "attention.kv_heads=1",
     "attention.head_dim=8", "moe.experts=4", "moe.hidden=8", "moe.shared_hidden=8", "train.sequence_length=8",
