@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -42,14 +43,16 @@ class Row:
         perturb(model)
         return model
 
+    @cached_property
     def slots(self) -> list[Slot]:
+        """Of all attentions, in order of depth."""
         with torch.device("meta"):
             return [slot for attention in Model(self.config()).attentions() for slot in attention.slots()]
 
     def lengths(self) -> list[int]:
         """1, m−1, m, m+1, 2m+1, W, W+1, 3W for each stride m and window W of the row; a few where it has neither."""
-        strides = {slot.stride for slot in self.slots() if slot.stride > 1}
-        windows = {slot.reach for slot in self.slots() if slot.reach is not None}
+        strides = {slot.stride for slot in self.slots if slot.stride > 1}
+        windows = {slot.reach for slot in self.slots if slot.reach is not None}
         lengths = {1, 2, 9}
         lengths |= {length for m in strides for length in (m - 1, m, m + 1, 2 * m + 1)}
         lengths |= {length for w in windows for length in (w, w + 1, 3 * w)}

@@ -17,4 +17,7 @@ def settle() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     random.seed(0)
     numpy.random.seed(0)
-    torch.manual_seed(0)
+    # torch.manual_seed would keep the stack of every call for a GPU that is never used
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)

@@ -141,7 +141,7 @@ def test_the_paper_s_shape_reads_and_holds_what_it_says() -> None:
     sizes = {"heads": 64, "kv_heads": 4, "head_dim": 192, "value_dim": 128, "hidden": 192}
     plan = {"scheme": "nsa", **sizes}
     model = cost.meta(Row((layer(plan),)).config())
-    compressed, selected, window, _ = Row((layer(plan),)).slots()
+    compressed, selected, window, _ = Row((layer(plan),)).slots
     read = {n: [visible_pairs(slot, 1, n) for slot in (compressed, selected, window)] for n in (8192, 65536)}
     assert read[65536] == [4095, 1024, 512]
     assert 65536 / sum(read[65536]) == pytest.approx(11.6, abs=0.05)

@@ -213,7 +213,7 @@ def test_declared_bytes_are_measured(row: Row) -> None:
 @every_row
 def test_a_cache_grows_linearly_or_not_at_all(row: Row) -> None:
     """Allocated, from 4,096 tokens on: with exponent 1 where anything is read back to the start, 0 where nothing is."""
-    endless = any(slot.grows for slot in row.slots())
+    endless = any(slot.grows for slot in row.slots)
     with torch.device("meta"):
         assert cost.growth_exponent(Model(row.config())) == pytest.approx(float(endless), abs=0.02)
 
@@ -222,7 +222,7 @@ def test_a_cache_grows_linearly_or_not_at_all(row: Row) -> None:
 def test_declared_flops_are_measured(row: Row) -> None:
     """Against PyTorch's counter on the plain core: the whole sequence, and one step of decode."""
     model = row.model_in(torch.float64)
-    length = 4 * max(slot.stride for slot in row.slots()) * max(slot.stride for slot in row.slots())
+    length = 4 * max(slot.stride for slot in row.slots) * max(slot.stride for slot in row.slots)
     length = max(length, 24)
     ids = tokens(1, length)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -263,9 +263,9 @@ def test_a_step_of_decode_expands_nothing(row: Row) -> None:
     advance(model, cache, ids[:, :-1])
     with Watch() as watch:
         advance(model, cache, ids[:, -1:])
-    for slot in row.slots():
+    for slot in row.slots:
         if slot.grows:
-            beside = [other for other in row.slots() if other.entries(length) == slot.entries(length)]
+            beside = [other for other in row.slots if other.entries(length) == slot.entries(length)]
             widest = max(MOST_HEADS, *map(_given_to_each_head, beside))
             over_entries = [shape for shape in watch.shapes if slot.entries(length) in shape]
             assert over_entries
@@ -301,7 +301,7 @@ def test_declared_parameters_are_measured(row: Row) -> None:
 def test_memory_is_linear(row: Row) -> None:
     """Forward and backward: twice the length, less than 2.2 times the peak; and nothing is [S, S] or [S, S/m]."""
     model = row.model_in(torch.float32)
-    strides = {slot.stride for slot in row.slots()}
+    strides = {slot.stride for slot in row.slots}
     peaks = []
     for length in (blockwise.BLOCK * 2 + 9, blockwise.BLOCK * 4 + 18):
         ids = tokens(1, length)

@@ -21,7 +21,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
+        for tensor in [result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.shapes.add(tuple(tensor.shape))
                 self._count(tensor.untyped_storage())
