@@ -26,18 +26,25 @@ from tests.corpora import write_corpus
 from tests.ranks import CONTEXT
 from train.checkpoint.storage import read_table, read_tensors
 
-TINY = (
+MODEL = (
     "run.threads=1", "run.device=cpu", "model.width=16", "model.vocab=64", "attention.heads=2", "attention.kv_heads=1",
     "attention.head_dim=8", "moe.experts=4", "moe.hidden=8", "moe.shared_hidden=8", "train.sequence_length=8",
     "train.batch_tokens=64", "train.micro_batch=3", "train.steps=16", "schedule.warmup_steps=3", "checkpoint.every=4",
     "optimizer.learning_rate=3e-3", "evaluate.every=6", "evaluate.samples=4", "log.every=1",
     "model.layers=[{repeat: 2, of: [{attention: ${attention}, feedforward: ${moe}}]}]",
-    "data.train.path=corpus", "data.validation.split=train",
 )  # fmt: skip
+TINY = (*MODEL, "data.train.path=corpus", "data.validation.split=train")
 """Overrides for a run of seconds on the corpus that `write_text` makes; two layers with a mixture of experts."""
 
 MTP = "+model.mtp={scheme:concat,depth:1,layer:{attention:${attention},feedforward:${moe}}}"
 """Gives such a run multi-token prediction."""
+
+TASK = (
+    *MODEL, "data=recall", "data.train.num_pairs=2", "data.train.num_queries=1", "data.train.num_keys=16",
+    "data.train.num_values=16",
+)  # fmt: skip
+"""The same on a task that needs no corpus, whose reader takes seconds to import: for runs in interpreters of their own
+that are not about data."""
 
 
 def write_text(folder: Path) -> None:

@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ from launch.report.plots.menu import PLOTS
 from launch.report.record import read
 from models.config import ModelConfig
 from models.model import Model
+from tests import runs as start
+from tests.once import once
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
@@ -58,29 +58,27 @@ KV_BYTES = {
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with real runs, trained by one process on a small text."""
-    folder = tmp_path_factory.mktemp("report")
+    """A folder with real runs, trained on a small text."""
+    return once(tmp_path_factory, "report_runs", train_all)
+
+
+def train_all(folder: Path) -> None:
     text = folder / "text"
     text.mkdir()
     for index in range(6):
         (text / f"{index}.txt").write_text(" ".join(f"{n} times {index} is {n * index}." for n in range(150)))
     prepare(Prepare(source=str(text), out=str(folder / "corpus"), held_out=0.3, processes=1))
     text_corpus = f"data.train.path={folder / 'corpus'}"
-    commands = [
-        [*SMALL, f"run.dir={folder / name}", *overrides, *([text_corpus] if "data=recall" not in overrides else [])]
-        for name, overrides in RUNS.items()
-    ]
-    script = "import sys; from train.__main__ import main; sys.exit(any([main(run) for run in eval(sys.argv[1])]))"
-    done = subprocess.run([sys.executable, "-c", script, repr(commands)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    for name, overrides in RUNS.items():
+        corpus = [] if "data=recall" in overrides else [text_corpus]
+        start.train(folder, [*SMALL, f"run.dir={folder / name}", *overrides, *corpus])
 
 
 @pytest.fixture(scope="session")
-def report(runs: Path) -> Path:
+def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report on all arms that have text."""
-    write([runs / name for name in ("gqa_0", "mla", "gqa_1", "hca")], runs / "out")
-    return runs / "out"
+    arms = [runs / name for name in ("gqa_0", "mla", "gqa_1", "hca")]
+    return once(tmp_path_factory, "report", lambda folder: write(arms, folder))
 
 
 @pytest.fixture

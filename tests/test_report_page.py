@@ -27,6 +27,7 @@ from launch.report.plots.menu import PLOTS
 from launch.report.record import Record, read
 from tests import browser, runs
 from tests.browser import Browser
+from tests.once import once
 from tests.runs import MTP, TINY
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # of a picture whose parts have no room
@@ -75,11 +76,13 @@ def extend(run: Path, additions: dict[str, Any]) -> None:
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs as they are."""
-    folder = tmp_path_factory.mktemp("page")
-    runs.write_text(folder)
-    for name, overrides in ARMS.items():
-        runs.train(folder, [*TINY, *overrides, f"run.dir={name}"])
-    return folder
+
+    def make(folder: Path) -> None:
+        runs.write_text(folder)
+        for name, overrides in ARMS.items():
+            runs.train(folder, [*TINY, *overrides, f"run.dir={name}"])
+
+    return once(tmp_path_factory, "page_runs", make)
 
 
 @pytest.fixture(scope="session")
