@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from tests import runs, slurm_cluster
-from tests.runs import TINY
+from tests.runs import TASK, TINY
 from tests.slurm_cluster import SlurmCluster
 from tests.slurm_jobs import attempt_log, launch, status, submit, verdict, verdicts
 
 ROOT = Path(__file__).parents[1]
 STEPS = 80
-BASE = [*TINY, f"train.steps={STEPS}"]
+BASE = [*TASK, f"train.steps={STEPS}"]
+ON_CORPUS = [*TINY, f"train.steps={STEPS}"]
 TWO_NODES = ["cluster=cpu", "nodes=2"]  # of two ranks each
 TWO_RANKS = [*TWO_NODES, "cluster.tasks_per_node=1"]
 
@@ -41,9 +42,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run on two ranks that nothing interrupted, without SLURM; its corpus lies beside it."""
+    """The directory of a run on two ranks that nothing interrupted, without SLURM."""
     folder = tmp_path_factory.mktemp("reference")
-    runs.write_text(folder)
     runs.train(folder, [*BASE, "run.dir=reference"], 2)
     return folder / "reference"
 
@@ -207,7 +207,7 @@ def process_of(job: int, rank: int) -> int:
 def test_the_script_by_hand_and_a_stop_file(slurm: SlurmCluster, place: Path) -> None:
     variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["sbatch", "--parsable", "--ntasks-per-node=1", str(ROOT / "slurm/train.sbatch"), *BASE, "run.dir=d"],
+        ["sbatch", "--parsable", "--ntasks-per-node=1", str(ROOT / "slurm/train.sbatch"), *ON_CORPUS, "run.dir=d"],
         cwd=place,
         env={**os.environ, **slurm.environment, **variables},
         capture_output=True,
@@ -381,7 +381,7 @@ def test_mistakes_are_refused_before_anything_is_written(
     slurm: SlurmCluster, place: Path, arguments: Sequence[str], sentence: str
 ) -> None:
     before = runs.tree(place)
-    code, printed = launch(slurm, place, "submit", *BASE, *TWO_NODES, "run.dir=new/run", *arguments)
+    code, printed = launch(slurm, place, "submit", *ON_CORPUS, *TWO_NODES, "run.dir=new/run", *arguments)
     assert code == 2, printed
     last = printed.splitlines()[-1]
     assert re.match(f"refused: .*{sentence}", last), printed
