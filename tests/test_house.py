@@ -6,6 +6,7 @@ Each test gathers every place that breaks its rule, so that a failure is a list 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -60,7 +61,11 @@ TEXTS = [
     *(path for place in ("conf", "docs", "slurm", "tests") for path in (ROOT / place).rglob("*.[!p]*")),
     *(path for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/run") for path in ROOT.glob(pattern)),
 ]
-TREES = {path: ast.parse(path.read_text(), str(path)) for path in [*SOURCES, *TESTS]}
+
+
+@functools.cache  # not while tests are collected, which every worker does
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
 
 
 def name(path: Path) -> str:
@@ -86,7 +91,7 @@ def imports(tree: ast.AST, package: str = "") -> Iterator[tuple[int, str]]:
 
 
 def file_imports(path: Path) -> Iterator[tuple[int, str]]:
-    return imports(TREES[path], ".".join(path.relative_to(ROOT).parent.parts))
+    return imports(tree_of(path), ".".join(path.relative_to(ROOT).parent.parts))
 
 
 def gather(pattern: str, paths: list[Path]) -> list[str]:
@@ -139,7 +144,7 @@ def test_mechanisms_know_no_files_and_no_other_devices() -> None:
         for line, imported in file_imports(path):
             if imported.startswith("torch.distributed") or (not is_edge(path) and imported.startswith(edge_modules)):
                 wrong.append(f"{name(path)}:{line} imports {imported}")
-        for node in ast.walk(TREES[path]):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
                 wrong.append(f"{name(path)}:{node.lineno} uses torch.distributed")
     assert not wrong
@@ -161,7 +166,7 @@ def test_nothing_is_chosen_by_a_name() -> None:
     names = re.compile(r"(scheme|model|family|arch)(_name|_type)?")
     wrong = []
     for path in SOURCES:
-        for node in ast.walk(TREES[path]):
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.Compare) or not isinstance(node.left, ast.Name | ast.Attribute):
                 continue
             left = node.left.id if isinstance(node.left, ast.Name) else node.left.attr
@@ -196,7 +201,7 @@ def test_no_behaviour_goes_by_the_name_of_a_scheme() -> None:
     for path in SOURCES:
         if name(path).startswith(translated):  # config.json to plans and back: names are its matter
             continue
-        lines = schemes_decided_on(TREES[path]) if name(path).startswith(as_data) else schemes_named(TREES[path])
+        lines = schemes_decided_on(tree_of(path)) if name(path).startswith(as_data) else schemes_named(tree_of(path))
         wrong += [f"{name(path)}:{line}" for line in sorted(lines)]
     assert not wrong
 
@@ -230,7 +235,7 @@ def test_submitting_jobs_needs_no_torch() -> None:
             loaded(parent, seen)
         path = modules.get(module)
         if path is not None:
-            for statement in TREES[path].body:
+            for statement in tree_of(path).body:
                 if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
                     for _, imported in imports(statement, ".".join(path.relative_to(ROOT).parent.parts)):
                         loaded(imported, seen)
@@ -271,7 +276,7 @@ def test_an_init_file_holds_little_code() -> None:
     def code(path: Path) -> int:
         """Lines of statements, the docstring, imports and `__all__` left out."""
         lines = 0
-        for node in TREES[path].body:
+        for node in tree_of(path).body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             exports = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             if not (docstring or exports or isinstance(node, ast.Import | ast.ImportFrom)):
@@ -283,13 +288,15 @@ def test_an_init_file_holds_little_code() -> None:
 
 
 def test_every_file_says_what_it_is() -> None:
-    assert not [name(path) for path in [*SOURCES, *TESTS] if path.stat().st_size and not ast.get_docstring(TREES[path])]
+    assert not [
+        name(path) for path in [*SOURCES, *TESTS] if path.stat().st_size and not ast.get_docstring(tree_of(path))
+    ]
 
 
 def test_every_scheme_names_its_paper_on_its_first_line() -> None:
     paper = re.compile(r"arXiv[ :]?\d{4}\.\d{4,5}|\breport\b", re.IGNORECASE)
     first_lines = {
-        name(path): (ast.get_docstring(TREES[path]) or "").partition("\n")[0]
+        name(path): (ast.get_docstring(tree_of(path)) or "").partition("\n")[0]
         for path in (ROOT / "models/attention").glob("[!_]*.py")
     }
     assert first_lines
