@@ -115,14 +115,14 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 1) -> str:
     return job.printed()
 
 
-def wait_until(condition: Callable[[], bool], job: Job, timeout: float = 60.0) -> bool:
-    """Until `condition` holds; False where the run ended before it did."""
+def wait_until(condition: Callable[[], bool], job: Job, timeout: float = 60.0, pause: float = 0.01) -> bool:
+    """Until `condition` holds; False where the run ended before it did. pause: seconds between two looks."""
     deadline = time.monotonic() + timeout
     while not condition():
         if not job.running:
             return condition()
         assert time.monotonic() < deadline, job.printed()
-        time.sleep(0.001)
+        time.sleep(pause)
     return True
 
 

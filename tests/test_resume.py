@@ -81,7 +81,7 @@ def test_killed_at_random_moments(reference: Reference, ranks: int, optimizer: s
     while not unfinished(run):
         assert steps_made(run) < STEPS, "no save was caught"
         job = runs.start(folder, arguments, ranks)
-        runs.wait_until(lambda: bool(unfinished(run)) and "step_00000004" in runs.saved(run), job)
+        runs.wait_until(lambda: bool(unfinished(run)) and "step_00000004" in runs.saved(run), job, pause=0.001)
         job.kill()
     about_saves = [line for line in (run / "log.txt").read_text().splitlines() if "checkpoint of step" in line]
     assert about_saves[-1].endswith(": writing")
