@@ -21,13 +21,17 @@ from tests import skips
 from tests.ranks import runner
 from tests.settle import settle
 
+WAITING = 2
+"""Workers beyond one for each core: so many tests wait at a time, for SLURM, for a grace to pass, for a process that
+was killed. A worker and its server of tests/ranks.py take about a gigabyte."""
+
 LONGEST_FIRST = (
     "test_slurm",
     "test_resume",
     "test_readme",
     "test_engine",
-    "test_run",
     "test_add_a_scheme",
+    "test_report",
     "test_study",
 )
 """Files whose tests take tens of seconds, or wait: begun last, one of them would leave the other cores idle."""
@@ -60,9 +64,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: some tests wait, for SLURM, for a grace to pass, for a process that was killed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores + 1
+    return cores + WAITING
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
