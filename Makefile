@@ -2,7 +2,7 @@
 # `make test PYTHON=path` uses an environment that you made yourself and installs nothing.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint
+.PHONY: help demo test suite smoke lint style types
 
 # Tried by running: a name on the PATH may be a stub for an interpreter that is not installed.
 BASE := $(shell for name in python3 python3.13 python3.12 python3.11; do \
@@ -22,15 +22,23 @@ help:
 demo: $(READY)
 	$(PYTHON) -m launch demo
 
-test: lint
+# Types beside the tests: they take a minute on one core, and the suite leaves a core idle now and then.
+test: style
+	$(MAKE) --no-print-directory --jobs=2 types suite
+
+suite: $(READY)
 	$(PYTHON) -m pytest --whole --numprocesses logical --dist worksteal
 
 smoke: $(READY)
 	$(PYTHON) -m pytest tests/test_gpu.py
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+types: $(READY)
 	$(PYTHON) -m mypy
 
 # Its name is a hash of what decides the environment's content, so that any change of it makes a new one.
