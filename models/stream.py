@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -24,7 +23,9 @@ class Stream:
 
     @classmethod
     def start(cls, residual: Tensor, carried: dict[str, Any]) -> Stream:
-        return cls(residual, carried, torch.zeros((), dtype=full_precision(residual.dtype), device=residual.device))
+        # Nothing, summed: 0, with a gradient where the residual has one, as it is behind a block that adds to it. So
+        # the first block is compiled with the others, not by itself.
+        return cls(residual, carried, residual[..., :0].sum(dtype=full_precision(residual.dtype)))
 
 
 pytree.register_pytree_node(
