@@ -249,10 +249,22 @@ def test_results_tuned_otherwise_are_refused(tuned: Results, tmp_path: Path) -> 
     tuned.write(tmp_path)
     again = Results(tuned.study, [], tuned.arms)
     results.go_on(tmp_path, again)
+    Plan(again, {}, tmp_path)
     assert again.trials == [Trial("mha", 0.001, 3.0)], "what failed is tried again"
+    (tmp_path / "runs" / "mha" / "seed_0").mkdir(parents=True)
+    again = Results(tuned.study, [], tuned.arms)
+    results.go_on(tmp_path, again)
+    Plan(again, {}, tmp_path)
+    assert again.tuned("mha") == 0.001, "its runs have begun with this value, and could not go on with another"
     other = Results(replace(tuned.study, tuning=None), [], tuned.arms)
     with pytest.raises(Refused, match="tuned otherwise"):
         results.go_on(tmp_path, other)
+
+
+def test_a_tuned_setting_that_nothing_reads_is_refused_before_any_run(toy: Path) -> None:
+    toy.write_text(TUNED.replace("learning_rate", "learnin_rate"))
+    with pytest.raises(Refused, match="did you mean 'learning_rate'"):
+        command._prepare(config.load(str(toy)), SMALL)
 
 
 def test_runs_are_shared_out_among_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

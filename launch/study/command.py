@@ -124,6 +124,10 @@ def _prepare(study: config.Study, common: tuple[str, ...]) -> tuple[Results, dic
         arms[name] = results.arm_of(matched, mine, study.context, values)
         configs[name] = run_config.read(values)
         commands[name] = Command(mine, configs[name].train.steps)
+    if study.tuning is not None:
+        for value in study.tuning.values:
+            trial = config.overrides({study.tuning.key: value})
+            run_config.read(compose([*commands[study.anchor].arguments, *trial]))
     configs[study.anchor].data.open()
     return Results(study, list(common), arms), commands
 
@@ -152,7 +156,10 @@ def _run(plan: Plan, workers: int, until: float, known: Results, out: Path) -> N
 def _record(job: Job, is_done: bool, known: Results) -> None:
     record = read(job.directory) if is_done else None
     if job.trial is not None:
-        known.trials.append(results.trial_of(job.arm, job.trial, record))
+        trial = results.trial_of(job.arm, job.trial, record)
+        known.trials.append(trial)
+        if is_done and trial.loss is None:
+            known.failed[job.name] = "its last validation has no finite loss to choose by."
     elif record is not None:
         known.runs.append(results.run_of(job.arm, job.seed, record, job.tuned))
 

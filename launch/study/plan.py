@@ -24,13 +24,18 @@ class Command:
 
 
 class Plan:
-    """The runs of the arms that `commands` names, in `out`. known: what there is, which grows as runs end."""
+    """The runs of the arms that `commands` names, in `out`. known: what there is, which grows as runs end.
+
+    A trial that failed in an earlier start is made again, as other runs are, unless runs of its arm have begun: with
+    another value chosen, an arm would be made of runs that differ in it.
+    """
 
     def __init__(self, known: Results, commands: Mapping[str, Command], out: Path) -> None:
         self.known, self._commands, self._out = known, commands, out
         self._given: set[tuple[str, int, float | None]] = set()
         study = known.study
         self._values: Sequence[float] = study.tuning.values if study.tuning else ()
+        known.trials = [trial for trial in known.trials if trial.loss is not None or self._has_begun(trial.arm)]
         self.num_runs = len(commands) * (len(self._values) + study.seeds)
         self.steps = sum(command.steps for command in commands.values()) * (len(self._values) + study.seeds)
 
@@ -63,6 +68,10 @@ class Plan:
         tried = bool(self._values) and all(self.known.tried(arm, value) for value in self._values)
         return tried and self.known.tuned(arm) is None
 
+    def _has_begun(self, arm: str) -> bool:
+        folders = self._directory(arm, "").glob(_seed("*"))
+        return any(folders) or any(run.arm == arm for run in self.known.runs)
+
     def _directory(self, arm: str, folder: str) -> Path:
         return self._out / "runs" / arm / folder
 
@@ -91,8 +100,8 @@ class Plan:
 
 
 def _trial(value: float) -> str:
-    return f"trial_{value:g}"
+    return f"trial_{value}"
 
 
-def _seed(seed: int) -> str:
+def _seed(seed: int | str) -> str:
     return f"seed_{seed}"

@@ -36,7 +36,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return run_name(self.arm, self.seed) if self.trial is None else f"{self.arm}, trial of {self.trial:g}"
+        return run_name(self.arm, self.seed) if self.trial is None else f"{self.arm}, trial of {self.trial}"
 
     @property
     def said(self) -> Path:

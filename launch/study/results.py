@@ -111,8 +111,9 @@ class Results:
         tuning = self.study.tuning
         if tuning is None or not all(self.tried(arm, value) for value in tuning.values):
             return None
-        losses = {trial.value: trial.loss for trial in self.trials if trial.arm == arm and trial.loss is not None}
-        return min(losses, key=losses.__getitem__, default=None)
+        losses = {trial.value: trial.loss for trial in self.trials if trial.arm == arm}
+        ended = [(loss, value) for value in tuning.values if (loss := losses[value]) is not None]
+        return min(ended)[1] if ended else None
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def go_on(directory: Path, results: Results) -> None:
             )
         if isinstance(measured, Run):
             results.runs.append(measured)
-        elif measured.loss is not None:  # a trial that failed is made again, as other runs are
+        else:
             results.trials.append(measured)
 
 

@@ -95,7 +95,7 @@ def arms(results: Results) -> Table:
                 f"{arm.cache.measured / arm.cache.context:,.5g}",
                 f"{arm.cache.growth:,.5g}",
                 *(spread(spread_of([value(run) for run in runs]), kind) for _, kind, value in kinds),
-                *([] if tuning is None else [f"{results.tuned(name) or UNKNOWN}"]),
+                *([] if tuning is None else [UNKNOWN if (value := results.tuned(name)) is None else f"{value}"]),
                 f"{arm.width}",
                 f"{arm.total - arm.looked_up:,}",
                 f"{arm.active:,}",
