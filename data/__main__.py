@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         print(_sentence("interrupted.", interruption), file=sys.stderr)
         return 75
     except Exception as error:
-        print(_sentence(f"failed: {error or type(error).__name__}.", error), file=sys.stderr)
+        print(_sentence(f"failed: {str(error).rstrip('.') or type(error).__name__}.", error), file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from data.records import Texts
 from data.split import By, HeldOut
 from data.texts import DATASETS, TextSource
 from data.tokenizer import Tokenizer, open_tokenizer
-from data.workers import held_up, start_worker, usable_cores, worker_context
+from data.workers import KILLED, held_up, start_worker, usable_cores, worker_context
 
 WHOLE = "whole"  # the corpus while it is being joined
 
@@ -196,7 +197,10 @@ def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[
         for future in futures:
             while not wait([future], timeout=0.5).done:
                 bar.update(done.value - bar.n)
-            yield from future.result()
+            try:
+                yield from future.result()
+            except BrokenProcessPool:
+                raise RuntimeError(KILLED) from None
         bar.update(done.value - bar.n)
     finally:
         stop.value = 1  # an error or an interruption waits for no more than the records in hand

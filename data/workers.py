@@ -9,11 +9,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+KILLED = "a process that did the work was killed, perhaps for want of memory"
 
 # shared with the parent
 _progress: Any = None  # bytes of text that all workers have done
@@ -52,15 +55,21 @@ def start_worker(done: Any, stop: Any) -> None:
 
 @contextlib.contextmanager
 def held_up() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come when this ends: a process that is only half started when its parent ends complains."""
+    """Ctrl-C and SIGTERM come when this ends: a process that is only half started when its parent ends complains.
+
+    What is started meanwhile never gets a Ctrl-C, not even before it can leave that to the parent.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # which gets no signals
         return
     came: list[int] = []
     handlers = {each: signal.signal(each, lambda n, _: came.append(n)) for each in (signal.SIGINT, signal.SIGTERM)}
+    resource_tracker.ensure_running()  # which lets Ctrl-C through again once it has started
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for each, handler in handlers.items():
             signal.signal(each, handler)
         for number in dict.fromkeys(came):
@@ -83,7 +92,7 @@ def run_apart(function: Callable[..., T], *arguments: object, modules: list[str]
         here.send((function, arguments))
         answer = here.recv()
     except (EOFError, ConnectionError):
-        raise RuntimeError("the process that did the work was killed, perhaps for want of memory") from None
+        raise RuntimeError(KILLED) from None
     finally:
         process.kill()
         process.join()
