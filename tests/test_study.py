@@ -281,6 +281,8 @@ POLITE = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print("ready", flush=True)
+if sys.argv[1] == "-1":
+    signal.raise_signal(signal.SIGKILL)
 time.sleep(float(sys.argv[1]))
 sys.exit(print("failed: it burst.") or 1 if sys.argv[1] == "0" else 0)
 """
@@ -292,14 +294,18 @@ def test_a_queue_runs_names_what_failed_and_asks_the_rest_to_save(tmp_path: Path
 
     codes = {}
     with Queue(workers=2) as queue:
-        queue.add([job("bursts", "0"), job("ends", "0.01"), job("sleeps", "600")])
+        queue.add([job("bursts", "0"), job("ends", "0.01"), job("is killed", "-1"), job("sleeps", "600")])
         for ended in queue.ended(time.monotonic() + 60):
             if ended is not None:
-                codes[ended.job.arm] = (ended.code, ended.job.why())
-            if len(codes) == 2 and any("ready" in running.why() for running in queue.running.values()):
+                codes[ended.job.arm] = (ended.code, ended.job.why(ended.code))
+            if len(codes) == 3 and any("ready" in running.why() for running in queue.running.values()):
                 break
         (sleeper,) = queue.running
-    assert codes == {"bursts": (1, "failed: it burst."), "ends": (0, "ready")}
+    assert codes == {
+        "bursts": (1, "failed: it burst."),
+        "ends": (0, "ready"),
+        "is killed": (-9, "its process was killed by signal 9, perhaps for want of memory."),
+    }
     assert sleeper.returncode == 75
 
 

@@ -142,8 +142,8 @@ def _run(plan: Plan, workers: int, until: float, known: Results, out: Path) -> N
             if ended is not None:
                 job, code = ended
                 if code not in (DONE, INTERRUPTED):
-                    known.failed[job.name] = job.why()
-                    print(f"failed: {job.name}: {job.why()}", file=sys.stderr, flush=True)
+                    known.failed[job.name] = why = job.why(code)
+                    print(f"failed: {job.name}: {why}", file=sys.stderr, flush=True)
                 if code != INTERRUPTED:
                     _record(job, code == DONE, known)
                     _write(known, out)

@@ -43,8 +43,10 @@ class Job:
         """What its process wrote, which may end before it has a log."""
         return self.directory.with_suffix(".txt")
 
-    def why(self) -> str:
-        """The last thing it said of itself."""
+    def why(self, code: int = 1) -> str:
+        """The last thing it said of itself; code: with which its process ended, below 0 where it could say nothing."""
+        if code < 0:
+            return f"its process was killed by signal {-code}, perhaps for want of memory."
         with contextlib.suppress(OSError):
             lines = [line for line in self.said.read_text(errors="replace").splitlines() if line.strip()]
             complaints = [line for line in lines if line.startswith(("refused: ", "failed: "))]
