@@ -83,7 +83,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path) -
         assert process.returncode in (0, 1, -signal.SIGKILL), said
         assert process.returncode != 1 or b"the same command goes on from there" in said
         assert b"process pool" not in said, "a sentence of ours, not of the library that runs the workers"
-        assert out.exists() == (process.returncode == 0)
+        assert out.exists() or process.returncode != 0  # it may be killed once OUT is there, before it has ended
         if out.exists():  # the next kill must find work to interrupt
             assert tree(out) == tree(tmp_path / "whole")
             shutil.rmtree(out)
