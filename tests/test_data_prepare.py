@@ -180,7 +180,15 @@ def test_an_interruption_waits_for_no_more_than_the_records_in_hand(
     with gzip.open(tmp_path / "lines.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"text": "ab"}\n' * 3_000_000)
     words = arguments("prepare", f"source={tmp_path / 'lines.jsonl.gz'}", f"out={tmp_path / 'out'}")
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # ignored where the suite itself was started in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(tmp_path.glob("out.preparing/*/*.npz")) and process.poll() is None:
         time.sleep(0.01)
     interrupt(process.pid)

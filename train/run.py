@@ -48,6 +48,7 @@ def run(config: Config, ranks: Ranks) -> int:
     # before anything that takes long: a signal that nobody handles would count as a crash
     stop = StopRequest(directory / "stop" if ranks.first else None)
     with ExitStack() as held:
+        held.callback(stop.over)
         sources = ranks.together(lambda: check(config, ranks.world_size))
         if _stays_stopped(directory, ranks):
             return INTERRUPTED

@@ -17,6 +17,8 @@ from types import FrameType
 TORCHRUN_GRACE = 30.0
 """Seconds between SIGTERM and SIGKILL where torchrun is told nothing else."""
 
+ASKING = (signal.SIGTERM, signal.SIGUSR1)
+
 
 def grace() -> float | None:
     """Seconds that the launcher leaves to a process after SIGTERM; None where it sets no limit that we know."""
@@ -35,7 +37,7 @@ class StopRequest:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self.reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in ASKING:
             signal.signal(number, self._note)
 
     def asked(self) -> bool:
@@ -49,6 +51,15 @@ class StopRequest:
         if self.file is not None:
             self.file.unlink(missing_ok=True)
         return self.reason or "another rank"
+
+    def over(self) -> None:
+        """The run has ended, and its exit code says how.
+
+        A launcher may ask twice (SLURM asks the tasks, and srun passes on what it is asked itself), and Python gives
+        the default back on its way out: killed by the second, a saved run would count as one that has not saved.
+        """
+        for number in ASKING:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
