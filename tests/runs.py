@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests import forked
 from tests.corpora import write_corpus
-from tests.ranks import CONTEXT
 from train.checkpoint.storage import read_table, read_tensors
 
 MODEL = (
@@ -100,12 +98,18 @@ def start(folder: Path, arguments: Sequence[str], ranks: int = 1, largest_file: 
         port = free.getsockname()[1]
     output = [folder / f"rank_{rank}.txt" for rank in range(ranks)]
     processes = [
-        CONTEXT.Process(target=_main, args=(folder, list(arguments), rank, ranks, port, output[rank], largest_file))
+        forked.start("train", arguments, folder, output[rank], _place(rank, ranks, port), largest_file)
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
     return Job(processes, output)
+
+
+def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """As torchrun says it; a rank alone is told nothing."""
+    if ranks == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
 
 
 def train(folder: Path, arguments: Sequence[str], ranks: int = 1) -> str:
@@ -168,27 +172,3 @@ def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every path below `folder`, hidden ones included, with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def _main(
-    folder: Path, arguments: list[str], rank: int, ranks: int, port: int, output: Path, largest_file: int | None
-) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(folder)
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if ranks > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    from train.__main__ import main
-
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.exit(code)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from pathlib import Path
 
-from tests.ranks import CONTEXT
+from tests import forked
 from tests.slurm_cluster import SlurmCluster
 
 
@@ -15,25 +13,11 @@ def launch(slurm: SlurmCluster, folder: Path, *arguments: str, path: str | None 
     """`python -m launch` with these arguments in `folder`: the exit code, and what it prints."""
     output = folder.parent / f"{folder.name}_launch.txt"
     variables = {**slurm.environment, **({"PATH": path} if path is not None else {})}
-    process = CONTEXT.Process(target=_launch, args=(folder, variables, list(arguments), output))
-    process.start()
+    process = forked.start("launch", arguments, folder, output, variables)
     process.join()
     printed = output.read_text()
     output.unlink()
     return process.exitcode or 0, printed
-
-
-def _launch(folder: Path, variables: dict[str, str], arguments: list[str], output: Path) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(folder)
-    os.environ |= variables
-    from launch.__main__ import main
-
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.exit(code)
 
 
 def submit(slurm: SlurmCluster, folder: Path, *arguments: str) -> int:

@@ -23,7 +23,8 @@ PATIENCE = 60.0  # seconds to save in, once asked to stop
 class Job:
     """One run. command: that makes it, and goes on with it where its directory is there already. steps: in all.
 
-    trial: the value that it tries; None for a run that counts. tuned: the value that was chosen for its arm by trials.
+    tuned: the value that it has of the setting that trials choose. trial: the same, where it is one of them; None for a
+    run that counts.
     """
 
     arm: str
