@@ -309,6 +309,21 @@ def test_a_queue_runs_names_what_failed_and_asks_the_rest_to_save(tmp_path: Path
     assert sleeper.returncode == 75
 
 
+def test_a_run_that_outlived_its_queue_is_not_begun_twice(tmp_path: Path) -> None:
+    """Not even before it has locked its directory: two processes in one directory fail each other."""
+    alone = "import os, sys, time; os.mkdir(sys.argv[1]); time.sleep(1); os.rmdir(sys.argv[1])"
+    job = Job("mha", 0, tmp_path / "mha" / "seed_0", [sys.executable, "-c", alone, str(tmp_path / "here")], 1)
+    codes = []
+    with Queue(1) as first, Queue(1) as second:
+        for queue in (first, second):
+            queue.add([job])
+        for ends in zip(first.ended(time.monotonic() + 60), second.ended(time.monotonic() + 60), strict=False):
+            codes += [ended.code for ended in ends if ended is not None]
+            assert not (first.running and second.running)
+        codes += [ended.code for ended in second.ended(time.monotonic() + 60) if ended is not None]
+    assert codes == [0, 0]
+
+
 def test_a_study_goes_on_where_it_was_killed(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [f"study={toy}", f"out={out}", "workers=2", *SMALL]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import time
@@ -117,20 +118,12 @@ class Queue:
         for job in list(self.waiting):
             if len(self.running) >= self.workers:
                 return
-            if is_locked(job.directory / LOCK):  # by a process that outlived an earlier start of the study
+            if is_locked(job.directory / LOCK):  # by a process that no study began
+                continue
+            gpu = self._freest_gpu()
+            if (process := _start(job, gpu)) is None:
                 continue
             self.waiting.remove(job)
-            job.directory.parent.mkdir(parents=True, exist_ok=True)
-            gpu = self._freest_gpu()
-            with job.said.open("wb") as said:
-                process = subprocess.Popen(
-                    job.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=said,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which asks for an orderly end
-                    env={**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})},
-                )
             self.running[process] = job
             if gpu:
                 self._gpu[process] = gpu
@@ -138,6 +131,29 @@ class Queue:
     def _freest_gpu(self) -> str | None:
         taken = [self._gpu[process] for process in self.running if process in self._gpu]
         return min(self.gpus, key=taken.count, default=None)
+
+
+def _start(job: Job, gpu: str | None) -> subprocess.Popen[bytes] | None:
+    """The job's process; None while one is there that outlived an earlier start of the study.
+
+    What it writes to is locked before it begins and until it is gone: it locks its directory only seconds later.
+    """
+    job.directory.parent.mkdir(parents=True, exist_ok=True)
+    with job.said.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        with job.said.open("wb") as said:
+            return subprocess.Popen(
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],  # and with it the lock, which this process lets go of
+                start_new_session=True,  # Ctrl-C reaches this process alone, which asks for an orderly end
+                env={**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})},
+            )
 
 
 def visible_gpus() -> list[str]:
