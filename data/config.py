@@ -38,7 +38,7 @@ class Probe(NamedTuple):
 class DataConfig:
     """The configuration group `data`.
 
-    train:      one source, or several, each with its `weight`: the share of tokens that it is to have, up to a common
+    train:      one source, or several, each with its `weight`: the share of windows that it is to have, up to a common
                 factor.
     validation: one source or several; null for none. Each may say at which `length` it is read. Its `grid` of settings,
                 `{length: [64, 128], depth: [0, 0.5, 1]}`, stands for a source for each combination, which is named

@@ -1,10 +1,10 @@
 """Which window of which source each sample of a run is.
 
-A run is cut into *legs*, each with one sequence length and one set of weights. `Interleave` says which source each
-window of a leg comes from, and looks ahead over the legs of the same length that follow, so that every source stays
-within one window of its share across them. Where the length changes, what a source is behind, less than one window of
-the old length, is made up for in the new one; among four or more sources it can then be further behind, by fractions
-of a window.
+A run is cut into *legs*, each with one sequence length and one set of weights, which are shares of its windows.
+`Interleave` says which source each window comes from, and looks ahead over the legs that follow, so that every source
+stays within one window of its share from the first sample to the last, whatever changes on the way. (A window is one
+whatever its length: what a source is behind where the length changes is made up for in windows of the new one. No order
+is known that would keep within one window in tokens, too.)
 
 Each source is read on its own: it runs through its epochs in its own order, and goes on across the border of a leg
 where it stood, at the next whole window of the new length. So nothing of a source comes twice in one of its epochs,
@@ -18,7 +18,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
 from typing import Any
 
 from conf.schema import Refused
@@ -40,8 +39,8 @@ class Leg:
 class Standing:
     """What lies behind a place in a run. samples: in all.
 
-    windows, at, owed: of each source, how many were taken, the token up to which it was read, and by how many tokens it
-    is behind its share.
+    windows, at, owed: of each source, how many were taken, the token up to which it was read, and by how many windows
+    it is behind its share.
     """
 
     samples: int
@@ -82,17 +81,17 @@ class Course:
         self._given = mixture, legs, seed
         self._legs: list[_Placed] = []
         self._begin = begin = standing or Standing.start(len(self.names))
+        table = _joined(mixture, legs)
+        among = [i for i in range(len(self.names)) if any(shares[i] for _, _, shares in table)]
+        barred = _barred(mixture, table, among, seed)
         end = 0
-        for sequence_length, alike in groupby(_joined(mixture, legs), key=lambda leg: leg[0]):
-            shared = [(num_samples, shares) for _, num_samples, shares in alike]
-            among = [i for i in range(len(self.names)) if any(shares[i] for _, shares in shared)]
-            for i in among:
-                _check_length(mixture, self.names[i], sequence_length, seed)
-            for at, (num_samples, shares) in enumerate(shared, 1):
-                end += num_samples
-                if begin.samples < end:
-                    self._legs.append(_Placed(begin, sequence_length, end - begin.samples, shares, shared[at:], among))
-                    begin = self._legs[-1].standing(end)
+        for at, (sequence_length, num_samples, shares) in enumerate(table, 1):
+            end += num_samples
+            if begin.samples < end:
+                ahead = [(following, weights) for _, following, weights in table[at:]]
+                order = Interleave(shares, begin.owed, end - begin.samples, ahead, among, barred[sequence_length])
+                self._legs.append(_Placed(begin, sequence_length, end - begin.samples, order))
+                begin = self._legs[-1].standing(end)
 
     def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
         """Sample `index`. Raises ValueError where the course has none of that length there."""
@@ -125,23 +124,12 @@ class Course:
 
 
 class _Placed:
-    """A leg, or what is left of it, and where it begins. ahead, among: see Interleave."""
+    """A leg, or what is left of it, and where it begins."""
 
-    def __init__(
-        self,
-        begin: Standing,
-        sequence_length: int,
-        num_samples: int,
-        shares: list[Fraction],
-        ahead: list[tuple[int, list[Fraction]]],
-        among: list[int],
-    ) -> None:
-        self.begin, self.sequence_length, self.num_samples = begin, sequence_length, num_samples
-        self.shares = shares
+    def __init__(self, begin: Standing, sequence_length: int, num_samples: int, order: Interleave) -> None:
+        self.begin, self.sequence_length, self.num_samples, self.order = begin, sequence_length, num_samples, order
         # the rest of a window of another length is left out: a window that reached back would repeat tokens
         self.first_window = [-(-tokens // sequence_length) for tokens in begin.at]
-        owed = [tokens / sequence_length for tokens in begin.owed]
-        self.order = Interleave(shares, owed, num_samples, ahead, among)
 
     def standing(self, samples: int) -> Standing:
         """Within the leg, or at its end."""
@@ -150,16 +138,26 @@ class _Placed:
         for i, count in enumerate(self.order.counts(n)):
             windows.append(begin.windows[i] + count)
             at.append((self.first_window[i] + count) * S if count else begin.at[i])
-            owed.append(begin.owed[i] + S * (n * self.shares[i] - count))
+            owed.append(begin.owed[i] + n * self.order.weights[i] - count)
         return Standing(samples, windows, at, owed)
 
 
-def _check_length(mixture: Mixture, name: str, sequence_length: int, seed: int) -> None:
-    try:
-        mixture.sources[name].window(0, sequence_length, 1, seed)
-    except Refused as refusal:
-        where = f"data.train.{name}" if len(mixture.sources) > 1 else "data.train"
-        raise Refused(f"{where}: {refusal}") from None
+def _barred(
+    mixture: Mixture, table: Sequence[tuple[int, int, list[Fraction]]], among: Sequence[int], seed: int
+) -> dict[int, list[int]]:
+    """By sequence length, the sources that have no window of it. Raises Refused where one of them has a share there."""
+    barred: dict[int, list[int]] = {length: [] for length, _, _ in table}
+    for length, without in barred.items():
+        for i in among:
+            name = list(mixture.sources)[i]
+            try:
+                mixture.sources[name].window(0, length, 1, seed)
+            except Refused as refusal:
+                if any(shares[i] for of_leg, _, shares in table if of_leg == length):
+                    where = f"data.train.{name}" if len(mixture.sources) > 1 else "data.train"
+                    raise Refused(f"{where}: {refusal}") from None
+                without.append(i)
+    return barred
 
 
 def _joined(mixture: Mixture, legs: Sequence[Leg]) -> list[tuple[int, int, list[Fraction]]]:

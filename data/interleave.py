@@ -32,13 +32,15 @@ class Interleave:
     ahead:   how many windows each leg behind this one has, and its weights; the last is taken to have no end.
     among:   the sources that have a share in one of these legs, or had one in an earlier leg that they continue; None:
              in one of these.
+    barred:  those of them that have no window to give in this leg, in which they have no share.
 
     A decision depends on what is owed and what lies ahead alone, so that an order made anew from any place, with what
     is owed there, goes on alike. A source whose weight falls to 0 may still get a window that it is owed.
 
-    What is owed at the start is made up for. Where no such order left it behind (what lay ahead became another, or the
-    windows longer or shorter), several sources may be due at once; the one furthest behind is taken, and another can
-    fall more than δ behind until its turn: never among two sources, and by fractions of a window among more.
+    What is owed at the start is made up for. Where no such order left it behind (what lay ahead became another), or
+    where a source that is owed a window is barred, several may be due at once, or none be ready; the one furthest
+    behind is taken, and others can get further than δ from their share: never among two sources, and by fractions of a
+    window among more.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class Interleave:
         num_windows: int,
         ahead: Sequence[tuple[int, Sequence[Fraction]]] = (),
         among: Sequence[int] | None = None,
+        barred: Sequence[int] = (),
     ) -> None:
         self.weights = list(weights)
         self._owed, self._num_windows, self._ahead = list(owed), num_windows, list(ahead)
         if among is None:
             among = [i for i, w in enumerate(weights) if w > 0 or any(shares[i] > 0 for _, shares in ahead)]
         self._delta = 1 - Fraction(1, max(1, 2 * len(among) - 2))
-        self._plans = {i: _plan(self.weights[i], self._owed[i], self._delta) for i in among}
+        self._plans = {i: _plan(self.weights[i], self._owed[i], self._delta) for i in among if i not in barred}
         # of the table, windows [begin, begin + length) come `rounds` times more before those behind them
         self._begin, self._length, self._rounds, self._again = 0, 1, 0, [0] * len(self.weights)
         self._source, self._rank = self._take()

@@ -1,4 +1,4 @@
-"""Several sources that a run trains on together, and the share of tokens that each is to have."""
+"""Several sources that a run trains on together, and the share of windows that each is to have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ can wait for its window, are held in memory, some 10 bytes a window."""
 
 
 class Mixture:
-    """Sources by name with their weights: the share of tokens that each is to have, up to a common factor.
+    """Sources by name with their weights: the share of windows that each is to have, up to a common factor.
 
     One source is a mixture of itself alone. fingerprint: of all that is in it; the weights are not.
     Raises Refused where two hold the same data, which would then come twice in an epoch.
