@@ -162,11 +162,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
             for kind, routed in zip(p.attention_kinds(), p.routers(), strict=True)
         ],
         mtp={"scheme": "streams", "depth": count, "layer": further} if count else None,
-        vocab=p.vocab_size,
-        width=p.hidden_size,
-        norm_eps=p.rms_norm_eps,
-        tied=p.tie_word_embeddings,
-        std=p.initializer_range,
+        **plan.trunk_from(p),
         residual={
             "scheme": "mhc",
             "streams": p.hc_mult,
@@ -192,12 +188,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     hf = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.std,
+        **plan.trunk_to(config, layers),
         "num_attention_heads": a.heads,
         "head_dim": a.head_dim,
         "q_lora_rank": a.query_latent,

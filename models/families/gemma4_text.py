@@ -117,11 +117,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     p = published.read(Published, hf, FIXED)
     return plan.config(
         [_layer(p, depth) for depth in range(p.num_hidden_layers)],
-        vocab=p.vocab_size,
-        width=p.hidden_size,
-        norm_eps=p.rms_norm_eps,
-        tied=p.tie_word_embeddings,
-        std=p.initializer_range,
+        **plan.trunk_from(p),
         post_norm=True,
         block_scale=True,
         embedding_scale=math.sqrt(p.hidden_size),
@@ -180,12 +176,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     hf = {
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.std,
+        **plan.trunk_to(config, layers),
         "final_logit_softcapping": config.logit_cap,
         "num_attention_heads": full.heads,
         "num_key_value_heads": sliding.kv_heads,

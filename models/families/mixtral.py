@@ -64,11 +64,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     }
     return plan.config(
         [{"attention": attention, "feedforward": moe}] * p.num_hidden_layers,
-        vocab=p.vocab_size,
-        width=p.hidden_size,
-        norm_eps=p.rms_norm_eps,
-        tied=p.tie_word_embeddings,
-        std=p.initializer_range,
+        **plan.trunk_from(p),
     )
 
 
@@ -79,12 +75,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     hf = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.std,
+        **plan.trunk_to(config, layers),
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
         "head_dim": a.head_dim,

@@ -90,11 +90,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
             {"attention": attention, "feedforward": moe if p.routed(depth) else dense}
             for depth in range(p.num_hidden_layers)
         ],
-        vocab=p.vocab_size,
-        width=p.hidden_size,
-        norm_eps=p.rms_norm_eps,
-        tied=p.tie_word_embeddings,
-        std=p.initializer_range,
+        **plan.trunk_from(p),
     )
 
 
@@ -106,12 +102,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     hf = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.std,
+        **plan.trunk_to(config, layers),
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
         "head_dim": a.head_dim,

@@ -56,12 +56,8 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     kinds = p.layer_types or [FULL] * p.num_hidden_layers
     return plan.config(
         [{"attention": _attention(p, kind), "feedforward": _experts(p, depth)} for depth, kind in enumerate(kinds)],
-        vocab=p.vocab_size,
-        width=p.hidden_size,
+        **plan.trunk_from(p),
         residual={"scheme": "affine"},
-        norm_eps=p.rms_norm_eps,
-        tied=p.tie_word_embeddings,
-        std=p.initializer_range,
     )
 
 
@@ -105,14 +101,9 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     hf = {
         "architectures": ["ZayaForCausalLM"],
         "model_type": "zaya",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(layers),
+        **plan.trunk_to(config, layers),
         "layer_types": kinds,
         "sliding_window": windows[0] if windows else None,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.std,
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
         "head_dim": a.head_dim,

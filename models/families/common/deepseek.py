@@ -113,11 +113,7 @@ def config_from(p: Published, **attention_of_its_own: Any) -> ModelConfig:
     return plan.config(
         layers,
         mtp={"scheme": "concat", "depth": count, "layer": further} if count else None,
-        vocab=p.vocab_size,
-        width=p.hidden_size,
-        norm_eps=p.rms_norm_eps,
-        tied=p.tie_word_embeddings,
-        std=p.initializer_range,
+        **plan.trunk_from(p),
     )
 
 
@@ -130,12 +126,7 @@ def config_to(
     num_dense = routed.index(True) if any(routed) else len(depths)
     a = depths[0].attention
     hf = {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(depths),
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.std,
+        **plan.trunk_to(config, depths),
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.heads,
         "kv_lora_rank": a.latent,

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from conf import schema
 from conf.schema import Refused
@@ -37,6 +37,44 @@ def layers(model: ModelConfig, schemes: Mapping[str, Collection[str]], *, shared
         if plan.reads is not None and not shared:
             raise Refused(f"layer {depth} reads {'a writer' if plan.reads == 'alone' else 'another layer'}'s state")
     return resolve(model)
+
+
+class Trunk(Protocol):
+    """The keys of config.json that most families call alike."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def initializer_range(self) -> float: ...
+
+
+def trunk_from(p: Trunk) -> dict[str, Any]:
+    """Those keys to ours."""
+    return {
+        "vocab": p.vocab_size,
+        "width": p.hidden_size,
+        "norm_eps": p.rms_norm_eps,
+        "tied": p.tie_word_embeddings,
+        "std": p.initializer_range,
+    }
+
+
+def trunk_to(model: ModelConfig, depths: list[Layer]) -> dict[str, Any]:
+    """Ours to those keys, and how many layers there are."""
+    return {
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "num_hidden_layers": len(depths),
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied,
+        "initializer_range": model.std,
+    }
 
 
 def routed(depths: list[Layer]) -> list[bool]:
