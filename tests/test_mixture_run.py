@@ -172,7 +172,7 @@ def test_a_checkpoint_that_does_not_say_where_its_data_stood_is_refused(referenc
     for name in (PLAIN_FILE, MANIFEST):
         (path / name).unlink()
     with HashedFile(path / PLAIN_FILE) as file:
-        file.write(packed.getbuffer())
+        file.write(packed.getvalue())
     replace(manifest, files={**manifest.files, PLAIN_FILE: file.record}).write(path)
     job = runs.start(tmp_path, [*BASE, f"train.steps={STEPS + 1}"])
     assert job.end() == 2

@@ -105,7 +105,8 @@ class Checkpoints:
         torch.save(plain, packed)
         self._log(logging.INFO, "checkpoint of step %d: writing", step)
         self._hurry.clear()
-        self._writing = step, self._thread.submit(self._write, step, staged, packed.getbuffer())
+        # not getbuffer(): one that a failed save's traceback keeps crashes the garbage collector of Python 3.12
+        self._writing = step, self._thread.submit(self._write, step, staged, packed.getvalue())
         if wait:
             self.wait()
 
@@ -171,7 +172,7 @@ class Checkpoints:
         self._peers.each(lambda: read_tensors(candidate, table, tensors))
         return Checkpoint(candidate, found.step, found.facts, put_together(state, values))
 
-    def _write(self, step: int, tensors: dict[str, Tensor], plain: memoryview) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], plain: bytes) -> None:
         path = folders.path_of(self.folder, step)
         partial = folders.aside(path, folders.PARTIAL)
         begun, self._rested = time.monotonic(), 0.0
