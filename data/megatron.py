@@ -12,4 +12,6 @@ def indexed_dataset() -> Any:
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
 
+    # it logs as the first rank alone, and wonders which rank this is where one process reads without others
+    warnings.filterwarnings("ignore", "Could not determine (rank|world size) from torch.distributed")
     return indexed_dataset
