@@ -23,7 +23,7 @@ from typing import Any
 from conf.schema import Refused
 from data.interleave import Interleave
 from data.mixture import Mixture, Weights
-from data.source import Window
+from data.source import Source, Window
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,24 @@ def _barred(
     barred: dict[int, list[int]] = {length: [] for length, _, _ in table}
     for length, without in barred.items():
         for i in among:
-            name = list(mixture.sources)[i]
+            name, source = list(mixture.sources.items())[i]
             try:
-                mixture.sources[name].window(0, length, 1, seed)
+                _check_length(source, length, seed)
             except Refused as refusal:
                 if any(shares[i] for of_leg, _, shares in table if of_leg == length):
                     where = f"data.train.{name}" if len(mixture.sources) > 1 else "data.train"
                     raise Refused(f"{where}: {refusal}") from None
                 without.append(i)
     return barred
+
+
+def _check_length(source: Source, sequence_length: int, seed: int) -> None:
+    if source.num_tokens is not None and source.num_tokens < sequence_length:  # else it would meet itself in a window
+        raise Refused(
+            f"it has {source.num_tokens:,} tokens, fewer than a sequence of {sequence_length:,}; "
+            "set a shorter train.sequence_length, or give it more text."
+        )
+    source.window(0, sequence_length, 1, seed)
 
 
 def _joined(mixture: Mixture, legs: Sequence[Leg]) -> list[tuple[int, int, list[Fraction]]]:

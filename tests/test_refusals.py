@@ -90,6 +90,11 @@ CONFIGURATIONS = [
     pytest.param(
         ["train.phases=[{start: 3, sequence_length: 24}]"], "from step 3 on", id="batch of broken windows in a phase"
     ),
+    pytest.param(
+        [f"train.{key}={10**12}" for key in ("sequence_length", "batch_tokens")],
+        "tokens, fewer than a sequence of 1,000,000,000,000",
+        id="a window longer than all data",
+    ),
     pytest.param(["parallel.replicate=2"], "does not divide 1 ranks", id="more replicas than ranks"),
     pytest.param(["data.train.path=nowhere"], "nowhere holds no prepared corpus", id="no corpus"),
     pytest.param(["data.train.split=valid"], "empty split 'valid'", id="empty corpus"),

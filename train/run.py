@@ -114,6 +114,8 @@ def check(config: Config, world_size: int) -> Sources:
                 f"a step has {stretch.rows} windows, which {world_size} ranks cannot share evenly; "
                 f"change the batch from step {stretch.start} on, or the number of ranks."
             )
+    course = Course(mixture, [stretch.leg() for stretch in table], config.data.seed)
+    for stretch in table:
         for name, probe in probes.items():
             try:
                 Loader(probe.source, sequence_length=probe.length or stretch.sequence_length)
@@ -132,7 +134,7 @@ def check(config: Config, world_size: int) -> Sources:
                 f"attention is warmup from step {stretch.start} on, which trains what chooses alone, but no layer of "
                 "the model chooses what it reads; take dense or sparse, or a scheme with an indexer."
             )
-    return Sources(Course(mixture, [stretch.leg() for stretch in table], config.data.seed), probes)
+    return Sources(course, probes)
 
 
 def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, held: ExitStack) -> Run:
