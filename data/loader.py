@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -70,7 +70,8 @@ class Loader:
         return Stream(lambda step: self.batch(consumed + step * num_samples, num_samples), self.prefetch)
 
     def fixed(self, num_samples: int | None, batch_size: int) -> Iterator[Batch]:
-        """The same batches on every call: the first `num_samples` windows, at most an epoch; None means a whole epoch.
+        """The same batches on every call: `num_samples` windows spread evenly over an epoch, or all of it where it has
+        no more; None means all. Of an endless source, the first.
 
         Every target of an epoch counts once. The last batch is filled up with windows in which nothing is scored, so
         that every rank sees as many batches, each of `batch_size` windows over all ranks.
@@ -79,12 +80,13 @@ class Loader:
         total = self.num_windows
         if num_samples is None and total is None:
             raise Refused("this source is endless; say how many samples to validate on.")
-        end = min(n for n in (num_samples, total) if n is not None)
-        for begin in range(0, end, batch_size):
-            first = begin + self.rank * share
-            indices = range(first, first + share)
-            inputs = [self._inputs(index) if index < end else 0 for index in indices]
-            yield self._assemble(indices, np.array(inputs))
+        count = min(n for n in (num_samples, total) if n is not None)
+        for begin in range(0, count, batch_size):
+            mine = range(begin + self.rank * share, begin + (self.rank + 1) * share)
+            # neighbours are often of one document, and a few documents say little of a corpus
+            places = [n * total // count if total is not None else n for n in mine]
+            inputs = [self._inputs(place) if n < count else 0 for n, place in zip(mine, places, strict=True)]
+            yield self._assemble(places, np.array(inputs))
 
     @property
     def num_windows(self) -> int | None:
@@ -109,7 +111,7 @@ class Loader:
             return self.sequence_length
         return min(self.source.num_tokens - index * self.sequence_length, self.sequence_length)
 
-    def _assemble(self, indices: range, inputs: NDArray[np.integer] | None = None) -> Batch:
+    def _assemble(self, indices: Sequence[int], inputs: NDArray[np.integer] | None = None) -> Batch:
         """`inputs` [B]: in each row the targets of only the first so many inputs count; None: all."""
         S = self.sequence_length
         windows = [self._window(index) for index in indices]
@@ -215,7 +217,7 @@ def _may_count(windows: list[Window], shape: tuple[int, ...]) -> NDArray[np.bool
     return np.stack([np.ones(shape[1], np.bool_) if w.scored is None else w.scored for w in windows])
 
 
-def _digest(indices: range, tokens: NDArray[np.int64], windows: list[Window]) -> str:
+def _digest(indices: Sequence[int], tokens: NDArray[np.int64], windows: list[Window]) -> str:
     """See Batch.digest."""
     total = 0
     for index, row, window in zip(indices, np.ascontiguousarray(tokens), windows, strict=True):

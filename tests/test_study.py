@@ -220,6 +220,7 @@ def test_an_arms_runs_follow_its_trials(tuned: Results, tmp_path: Path) -> None:
     first = plan.ready()
     assert [job.name for job in first] == [
         "mha, trial of 0.001", "mqa, trial of 0.001", "mha, trial of 0.01", "mqa, trial of 0.01"]  # fmt: skip
+    assert len({job.said for job in first}) == len(first), "each writes to a file of its own, which it locks"
     assert {job.seed for job in first} == {TRIAL_SEED} and plan.ready() == []
     assert "optimizer.learning_rate=0.001" in first[0].command and (plan.num_runs, plan.left()) == (8, 8)
     tuned.trials += [Trial("mha", 0.001, 3.0), Trial("mqa", 0.001, 2.5)]

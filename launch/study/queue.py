@@ -43,7 +43,7 @@ class Job:
     @property
     def said(self) -> Path:
         """What its process wrote, which may end before it has a log."""
-        return self.directory.with_suffix(".txt")
+        return self.directory.with_name(f"{self.directory.name}.txt")
 
     def why(self, code: int = 1) -> str:
         """The last thing it said of itself; code: with which its process ended, below 0 where it could say nothing."""
