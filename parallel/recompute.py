@@ -6,7 +6,7 @@ A unit that is recomputed keeps its inputs, and the indices that it chose (model
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, Literal
 
@@ -48,15 +48,20 @@ def recompute(model: Model, what: Recompute) -> None:
     if units and not found:
         raise Refused(f"train.recompute is {what}, but the model has none; choose full or none.")
     for module in found:
-        module.forward = MethodType(functools.partial(_recomputed, otherwise), module)
+        module.forward = MethodType(_recomputed(otherwise), module)
 
 
-def _recomputed(otherwise: CheckpointPolicy, module: nn.Module, *inputs: Any) -> Any:
-    forward = type(module).forward
-    if not torch.is_grad_enabled():
-        return forward(module, *inputs)
+def _recomputed(otherwise: CheckpointPolicy) -> Callable[..., Any]:
+    """A forward that recomputes. A function, not a partial of one: the compiler asks for its code."""
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, otherwise))
-    return checkpoint(forward, module, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    def forward(module: nn.Module, *inputs: Any) -> Any:
+        plain = type(module).forward
+        if not torch.is_grad_enabled():
+            return plain(module, *inputs)
+        return checkpoint(plain, module, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    return forward
 
 
 def _keep(otherwise: CheckpointPolicy, context: object, operation: object, *_: Any, **__: Any) -> CheckpointPolicy:
