@@ -174,8 +174,8 @@ def was_stopped(directory: Path) -> bool:
 
 def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its configuration."""
-    packages = ("torch", "numpy", "hydra-core", "datasets", "megatron-core", "triton", "flash-attn", "flash-attn-4")
-    versions = {}
+    packages = ("numpy", "hydra-core", "datasets", "megatron-core", "triton", "flash-attn", "flash-attn-4")
+    versions = {"torch": str(torch.__version__)}  # which says for which CUDA it was built, too
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
