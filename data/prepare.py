@@ -17,7 +17,7 @@ import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,13 @@ def _workplace(out: Path) -> Iterator[Path]:
     It is removed when the work is done or its input refused, and kept when the work is cut short.
     """
     work = _work_folder(out)
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    new_folders = [path for path in work.parents if not path.exists()]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    except OSError as error:
+        raise Refused(f"{work} cannot be written ({error.strerror}); choose another out.") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -158,6 +163,9 @@ def _workplace(out: Path) -> Iterator[Path]:
             yield work
         except Refused:
             shutil.rmtree(work)
+            for folder in new_folders:
+                with suppress(OSError):  # somebody has put something there
+                    folder.rmdir()
             raise
         except BaseException as error:
             error.add_note(f"Finished parts are kept in {work}; the same command goes on from there.")
