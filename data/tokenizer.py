@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.schema import Refused
+from data import pieces
 
 FILE_NAME = "tokenizer.json"  # in a prepared corpus: the tokenizer that made it
 
@@ -102,8 +103,7 @@ class HuggingFace:
         return token
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encoded]
+        return list[NDArray[Any]](pieces.encode(self._tokenizer, texts))
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
