@@ -104,7 +104,7 @@ def _write_parquet(request: BenchPrepare, path: Path) -> tuple[int, int]:
 def _groups(request: BenchPrepare) -> Iterator[list[str]]:
     texts: list[str] = []
     filled = 0
-    for portion in request.open().portions:
+    for portion in request.open().portions():
         for record in portion.records():
             if record.text is not None:
                 texts.append(record.text)

@@ -1,4 +1,4 @@
-"""Text files and JSONL: which files a source means, and the portions that they are cut into."""
+"""Which files a source means, listed once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import platform
+import sqlite3
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Refused
-from data.records import PORTION, Record, Texts
-from data.text import Chunk, read_records
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-PACKED = {".gz", ".bgz", ".tgz", ".zst", ".bz2", ".xz", ".lzma", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar"}
-TABLES = {".arrow", ".feather", ".orc"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +37,35 @@ class File:
         return self.name.endswith(".jsonl.gz")
 
 
-@dataclass(frozen=True)
-class FilePortion:
-    """A portion of files: consecutive chunks of them."""
+class Files:
+    """Files, each once, in the order of their names' bytes, however often they are asked for.
 
-    chunks: list[Chunk]
-    text_key: str
-    max_document: int
+    There may be millions, so SQLite keeps and sorts them, in a temporary file without a name.
+    """
 
-    @property
-    def size(self) -> int | None:
-        if any(chunk.is_compressed for chunk in self.chunks):
-            return None  # of the text, that is
-        return sum(chunk.end - chunk.begin for chunk in self.chunks)
+    def __init__(self, found: Iterable[File]) -> None:
+        self._kept = sqlite3.connect(
+            "", check_same_thread=False
+        )  # a trainer of tokenizers asks from threads of its own
+        self._kept.execute("CREATE TABLE file (name BLOB PRIMARY KEY, path BLOB, size INT, modified INT) WITHOUT ROWID")
+        rows = ((os.fsencode(file.name), os.fsencode(file.path), file.size, file.modified) for file in found)
+        self._kept.executemany("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?)", rows)
+        self._kept.commit()
 
-    def records(self) -> Iterator[Record]:
-        for chunk in self.chunks:
-            yield from read_records(chunk, self.text_key, self.max_document)
+    def __iter__(self) -> Iterator[File]:
+        for name, path, size, modified in self._kept.execute("SELECT * FROM file ORDER BY name"):
+            yield File(os.fsdecode(name), os.fsdecode(path), size, modified)
 
-
-def open_files(source: str, files: list[File], text_key: str, max_document: int) -> Texts:
-    """The text and JSONL files of `source`. Raises Refused where a file holds documents in a form that is no text."""
-    for file in files:
-        if Path(file.name).suffix.lower() in PACKED | TABLES and not file.is_compressed:
-            raise Refused(f"{file.path} holds no plain text; decompress it, or open it with source=datasets:NAME.")
-    portions = cut(files, max_document)
-    return Texts(
-        name=describe(source),
-        fingerprint=listing(files),
-        plan=[[file.modified for file in files], [[(p.name, p.begin, p.end) for p in chunks] for chunks in portions]],
-        files=[file.name for file in files],
-        many=any(file.is_lines for file in files),
-        portions=[FilePortion(chunks, text_key, max_document) for chunks in portions],
-    )
+    def fingerprint(self) -> str:
+        """Hash of names and sizes."""
+        digest = hashlib.sha256()
+        for file in self:
+            digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))
+        return digest.hexdigest()
 
 
-def list_files(source: str) -> list[File]:
-    """The files that `source` means, in order of name. Raises Refused where there are none or one cannot be read.
+def list_files(source: str) -> Files:
+    """The files that `source` means. Raises Refused where there are none or one cannot be read.
 
     `stdlib` is the running Python's standard library source without its tests; else a file, a folder (every file
     below it but hidden ones) or a glob. A link to a file is that file; links to folders are not followed, since they
@@ -84,18 +73,12 @@ def list_files(source: str) -> list[File]:
     """
     try:
         root, paths = _find(source)
-        files = []
-        for path in paths:
-            facts = path.stat()
-            files.append(File(path.relative_to(root).as_posix(), str(path), facts.st_size, facts.st_mtime_ns))
+        files = Files(_look_at(path, root) for path in paths)
     except OSError as error:
         raise Refused(f"source '{source}' cannot be listed: {error}.") from None
-    if not files:
+    if next(iter(files), None) is None:
         raise Refused(f"source '{source}' names no file; give 'stdlib', a file, a folder, a glob or datasets:NAME.")
-    for file in files:
-        if not os.access(file.path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise Refused(f"{file.path} may not be read by this user; change its mode, or leave it out of the source.")
-    return sorted(files, key=lambda file: os.fsencode(file.name))
+    return files
 
 
 def describe(source: str) -> str:
@@ -105,66 +88,47 @@ def describe(source: str) -> str:
     return Path(source).name
 
 
-def listing(files: Iterable[File]) -> str:
-    """Hash of names and sizes."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))
-    return digest.hexdigest()
+def _look_at(path: Path, root: Path) -> File:
+    facts = path.stat()
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise Refused(f"{path} may not be read by this user; change its mode, or leave it out of the source.")
+    return File(path.relative_to(root).as_posix(), str(path), facts.st_size, facts.st_mtime_ns)
 
 
-def cut(files: list[File], max_document: int) -> list[list[Chunk]]:
-    """Portions of about equal size, that depend on the files alone and not on how many processes there are."""
-    size = min(max(sum(f.size for f in files) // 256, 256 << 10), PORTION)
-    portions: list[list[Chunk]] = [[]]
-    filled = 0
-    for file in files:
-        step = max(file.size, 1) if file.is_compressed else size if file.is_lines else max_document
-        for begin in range(0, max(file.size, 1), step):
-            if filled >= size:
-                portions.append([])
-                filled = 0
-            end = min(begin + step, file.size)
-            portions[-1].append(
-                Chunk(file.name, file.path, file.size, file.modified, begin, end, file.is_lines, file.is_compressed)
-            )
-            filled += end - begin
-    return portions
-
-
-def _find(source: str) -> tuple[Path, list[Path]]:
+def _find(source: str) -> tuple[Path, Iterator[Path]]:
     """The folder to which names are relative, and the paths."""
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        return root, [p for p in _walk(root, STDLIB_LEFT_OUT) if p.suffix == ".py" and "_sysconfigdata" not in p.name]
+        below = _walk(root, STDLIB_LEFT_OUT)
+        return root, (path for path in below if path.suffix == ".py" and "_sysconfigdata" not in path.name)
     path = Path(source)
     if path.is_dir():
-        return path, list(_walk(path, set()))
+        return path, _walk(path, set())
     if path.is_file():
-        return path.parent, [path]
+        return path.parent, iter([path])
     root = Path(*_before_magic(path.parts))
-    return root, [found for match in glob.glob(source, recursive=True) if (found := Path(match)).is_file()]
+    return root, (found for match in glob.iglob(source, recursive=True) if (found := Path(match)).is_file())
 
 
 def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
+    """The files below `root`, without folders that are left out by name. Holds no more than folders still to see."""
     links = 0
-    for folder, folders, names in os.walk(root, onerror=_raise):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
-        for name in names:
-            path = Path(folder, name)
-            if name.startswith("."):
-                continue
-            if path.is_file():
-                yield path
-            else:
-                links += path.is_symlink()
+    folders = [root]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name not in left_out:
+                        folders.append(path)
+                elif path.is_file():
+                    yield path
+                else:
+                    links += entry.is_symlink()
     if links:
         print(f"{links} symbolic links to folders or to nowhere below {root} were not followed.", file=sys.stderr)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _before_magic(parts: tuple[str, ...]) -> Iterator[str]:

@@ -14,11 +14,13 @@ import json
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +86,14 @@ def prepare(request: Prepare) -> str:
         if _is_taken(out):  # by another process, a moment ago
             return _already_there(out, settings)
         folder = _parts_folder(work, [FORMAT, settings, texts.plan])
-        held_out = HeldOut.choose(request.held_out, by, texts.files)
-        jobs = [
+        held_out = HeldOut.choose(request.held_out, by, texts.names())
+        jobs = (
             Job(portion, folder / f"{i:06d}", request.tokenizer, request.end_of_document, held_out)
-            for i, portion in enumerate(texts.portions)
-        ]
+            for i, portion in enumerate(texts.portions())
+        )
+        modules = ["data.part", "tokenizers", type(next(texts.portions())).__module__]
         whole = work / WHOLE
-        with closing(_make_parts(jobs, request.processes, texts.size)) as parts:
+        with closing(make_all_parts(jobs, modules, request.processes, texts.size)) as parts:
             made = join(parts, whole, tokenizer, settings, texts.name)
         if made.splits["train"].documents == 0:
             raise Refused(f"{request.source} holds no document to train on: {_counts(made)}.")
@@ -99,7 +102,7 @@ def prepare(request: Prepare) -> str:
 
 
 def _held_out_by(request: Prepare, texts: Texts) -> By:
-    if request.held_out_by == "file" and not texts.files:
+    if request.held_out_by == "file" and next(texts.names(), None) is None:
         raise Refused(f"held_out_by is 'file', but {request.source} has no file to hold out; leave it out.")
     return request.held_out_by or ("document" if texts.many else "file")
 
@@ -193,23 +196,33 @@ def _parts_folder(work: Path, plan: list[Any]) -> Path:
     return folder
 
 
-def _make_parts(jobs: list[Job], processes: int, size: int | None) -> Generator[Path]:
-    """The parts in order, made by worker processes while the caller uses those before."""
-    context = worker_context(["data.part", "tokenizers", *{type(job.portion).__module__ for job in jobs}])
+def make_all_parts(jobs: Iterator[Job], modules: list[str], processes: int, size: int | None) -> Generator[Path]:
+    """The parts in order, made by worker processes while the caller uses those before.
+
+    No more jobs are taken than keep the workers busy: a source may be cut into any number. modules: that workers need.
+    """
+    context = worker_context(modules)
     done, stop = context.Value("q", 0), context.RawValue("b", 0)
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None)
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, start_worker, (done, stop))
+    pool = ProcessPoolExecutor(processes, context, start_worker, (done, stop))  # starts no more than it has jobs for
+    in_order: deque[Future[list[Path]]] = deque()
+    busy: set[Future[list[Path]]] = set()
     try:
-        with held_up():
-            futures = [pool.submit(make_parts, job) for job in jobs]
-        for future in futures:
-            while not wait([future], timeout=0.5).done:
-                bar.update(done.value - bar.n)
-            try:
-                yield from future.result()
-            except BrokenProcessPool:
-                raise RuntimeError(KILLED) from None
-        bar.update(done.value - bar.n)
+        while True:
+            with held_up():
+                for job in islice(jobs, 2 * processes - len(busy)):
+                    in_order.append(pool.submit(make_parts, job))
+                    busy.add(in_order[-1])
+            bar.update(done.value - bar.n)
+            if not in_order:
+                return
+            if in_order[0].done():
+                yield from in_order.popleft().result()
+            else:
+                wait(busy, timeout=0.5, return_when=FIRST_COMPLETED)
+            busy = {future for future in busy if not future.done()}
+    except BrokenProcessPool:
+        raise RuntimeError(KILLED) from None
     finally:
         stop.value = 1  # an error or an interruption waits for no more than the records in hand
         pool.shutdown(cancel_futures=True)

@@ -44,39 +44,39 @@ class Record:
 class Portion(Protocol):
     """A part of a source that one worker reads in order. It travels to the worker."""
 
-    @property
-    def size(self) -> int | None:
-        """Bytes of text, markup included, where they are known before reading."""
-        ...
-
     def records(self) -> Iterator[Record]:
         """The same records each time. Raises OSError where the source fails or changed since it was listed."""
         ...
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(Protocol):
     """A source, listed but not read.
 
     name:        in words, without a machine's paths.
     fingerprint: of what tells one source from another (names and sizes of files).
-    plan:        what further decides how the work is cut: parts made under another plan are not used again.
-    files:       names, of which some may be held out whole; none where a source is no files.
+    plan:        hash of what further decides how the work is cut: parts made under another plan are not used again.
+    size:        bytes of all portions, markup included; None where they are not known before reading.
     many:        whether a file holds many documents.
     """
 
-    name: str
-    fingerprint: str
-    plan: list[object]
-    files: list[str]
-    many: bool
-    portions: list[Portion]
-
     @property
-    def size(self) -> int | None:
-        """Bytes of all portions; None where one does not know."""
-        sizes = [portion.size for portion in self.portions]
-        return None if None in sizes else sum(size or 0 for size in sizes)
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def plan(self) -> str: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def many(self) -> bool: ...
+
+    def names(self) -> Iterator[str]:
+        """Of its files, of which some may be held out whole; none where a source is no files."""
+        ...
+
+    def portions(self) -> Iterator[Portion]:
+        """The same each time, of one type, and at least one; made as they are asked for, since there may be many."""
+        ...
 
 
 def hash64(content: bytes) -> int:

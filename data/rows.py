@@ -21,8 +21,8 @@ import datasets
 import pyarrow as pa
 
 from conf.schema import Refused
-from data.files import File, describe, list_files, listing
-from data.records import NO_TEXT, PORTION, Record, Texts, place_digest, records
+from data.files import Files, describe, list_files
+from data.records import NO_TEXT, PORTION, Record, place_digest, records
 
 ROWS = 256  # rows asked of the library at once
 
@@ -34,7 +34,6 @@ class RowPortion:
     stream: bytes
     index: int
     of: int
-    size: int | None
     text_key: str
     max_document: int
 
@@ -56,6 +55,28 @@ class RowPortion:
 
 
 @dataclass(frozen=True)
+class RowTexts:
+    """`of` portions of a stream of rows, as Texts; `of` is 0 where the stream is one portion."""
+
+    name: str
+    fingerprint: str
+    plan: str
+    size: int | None
+    stream: bytes
+    of: int
+    text_key: str
+    max_document: int
+    many = True
+
+    def names(self) -> Iterator[str]:
+        return iter(())
+
+    def portions(self) -> Iterator[RowPortion]:
+        for index in range(max(self.of, 1)):
+            yield RowPortion(self.stream, index, self.of, self.text_key, self.max_document)
+
+
+@dataclass(frozen=True)
 class Rows:
     """What to open. name: as `datasets.load_dataset` takes it, or a folder that `save_to_disk` wrote."""
 
@@ -69,7 +90,7 @@ class Rows:
     max_document: int
 
 
-def open_rows(asked: Rows) -> Texts:
+def open_rows(asked: Rows) -> RowTexts:
     """Raises Refused where the library cannot open it or there is no such split or column."""
     _quieten()
     if _is_saved(Path(asked.name)):
@@ -77,7 +98,7 @@ def open_rows(asked: Rows) -> Texts:
         if isinstance(stored, datasets.DatasetDict):
             _check_split(asked, list(stored))
             stored = stored[asked.split]
-        return _texts(asked, describe(asked.name), stored, listing(list_files(asked.name)))
+        return _texts(asked, describe(asked.name), stored, list_files(asked.name).fingerprint())
     builder = _try(
         asked.name, lambda: datasets.load_dataset_builder(asked.name, asked.subset, data_files=asked.data_files)
     )
@@ -88,7 +109,7 @@ def open_rows(asked: Rows) -> Texts:
     return _texts(asked, " ".join(filter(None, [asked.name, asked.subset])), _open(asked, builder), fingerprint)
 
 
-def open_parquet(source: str, files: list[File], rows: int | None, text_key: str, max_document: int) -> Texts:
+def open_parquet(source: str, files: Files, rows: int | None, text_key: str, max_document: int) -> RowTexts:
     """Parquet files, each row group a portion, of which the text column alone is read."""
     _quieten()
     builder = _try(
@@ -102,10 +123,10 @@ def open_parquet(source: str, files: list[File], rows: int | None, text_key: str
         stream = _open(asked, builder).reshard()
     except ValueError as error:
         raise Refused(f"source {source} has no column '{text_key}' ({error}); give text_key=COLUMN.") from None
-    return _texts(asked, describe(source), stream, listing(files), [file.modified for file in files])
+    return _texts(asked, describe(source), stream, files.fingerprint(), [file.modified for file in files])
 
 
-def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = None) -> Texts:
+def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = None) -> RowTexts:
     if found.column_names is not None and asked.text_key not in found.column_names:
         columns = ", ".join(found.column_names)
         raise Refused(f"{asked.name} has no column '{asked.text_key}' but {columns}; give text_key=COLUMN.")
@@ -124,11 +145,8 @@ def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = 
     else:
         of = found.num_shards
     stream = pickle.dumps(found)
-    sizes = [size // of if size is not None and of else None] * max(of, 1)
-    portions = [
-        RowPortion(stream, index, of, sizes[index], asked.text_key, asked.max_document) for index in range(max(of, 1))
-    ]
-    return Texts(name, fingerprint, [of, plan], [], True, list(portions))
+    plan = hashlib.sha256(json.dumps([of, plan]).encode()).hexdigest()
+    return RowTexts(name, fingerprint, plan, size if of else None, stream, of, asked.text_key, asked.max_document)
 
 
 def _open(asked: Rows, builder: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +23,15 @@ class HeldOut:
     threshold: int
 
     @staticmethod
-    def choose(share: float, by: By, names: list[str]) -> HeldOut:
+    def choose(share: float, by: By, names: Iterable[str]) -> HeldOut:
         """About `share` of the files or documents. By file, both sides get at least one file where there are two."""
         threshold = int(share * 2**64) - 1
         if by == "file" and share > 0:
-            hashes = sorted(_hash(name) for name in names)
-            threshold = min(max(threshold, hashes[0]), hashes[-2]) if len(hashes) > 1 else -1
+            least, last_but_one, last = 2**64, -1, -1
+            for value in map(_hash, names):
+                least = min(least, value)
+                last_but_one, last = sorted((last_but_one, last, value))[1:]
+            threshold = min(max(threshold, least), last_but_one)
         return HeldOut(by, threshold)
 
     def split(self, record: Record) -> str:

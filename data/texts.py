@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.schema import Refused
-from data.files import list_files, open_files
+from data.files import list_files
+from data.portions import open_files
 from data.records import Texts
 
 DATASETS = "datasets:"
@@ -61,14 +62,12 @@ class TextSource:
             how = (self.subset, self.data_files, self.split or "train", self.streaming, self.rows)
             return open_rows(Rows(name, *how, self.text_key, self.max_document))
         files = list_files(self.source)
-        parquet = [file for file in files if file.name.endswith(PARQUET)]
-        if parquet and len(parquet) < len(files):
-            other = next(file for file in files if not file.name.endswith(PARQUET))
-            raise Refused(f"{self.source} holds Parquet and other files ({other.name}); name one kind by a glob.")
-        if parquet:
+        if any(file.name.endswith(PARQUET) for file in files):
+            if other := next((file.name for file in files if not file.name.endswith(PARQUET)), None):
+                raise Refused(f"{self.source} holds Parquet and other files ({other}); name one kind by a glob.")
             from data.rows import open_parquet
 
-            return open_parquet(self.source, parquet, self.rows, self.text_key, self.max_document)
+            return open_parquet(self.source, files, self.rows, self.text_key, self.max_document)
         if self.rows is not None:
             raise Refused("rows counts the rows of a dataset or of Parquet; leave it out for text files and JSONL.")
         return open_files(self.source, files, self.text_key, self.max_document)

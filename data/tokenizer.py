@@ -103,7 +103,7 @@ class HuggingFace:
         return token
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
-        return list[NDArray[Any]](pieces.encode(self._tokenizer, texts))
+        return pieces.encode(self._tokenizer, texts)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -54,7 +54,7 @@ def train_tokenizer(request: TrainTokenizer) -> str:
     if out.exists():
         raise Refused(f"{out} exists; choose another out or remove it.")
     # the library runs this process's signal handlers only when it has done
-    made = run_apart(_train, request.open(), request.sample, request.vocab, modules=[__name__, "tokenizers"])
+    made = run_apart(_train, request, modules=[__name__, "tokenizers"])
     if not made.documents:
         raise Refused(f"{request.source} holds no document in a sample of {request.sample:,} bytes; take a larger one.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class _Made(NamedTuple):
     bytes: int
 
 
-def _train(texts: Texts, sample: int, vocab: int) -> _Made:
+def _train(request: TrainTokenizer) -> _Made:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -85,13 +85,13 @@ def _train(texts: Texts, sample: int, vocab: int) -> _Made:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
+        vocab_size=request.vocab,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be left behind by one that is killed
-    taken = _Sample(texts, sample)
+    taken = _Sample(request.open(), request.sample)
     tokenizer.train_from_iterator(iter(taken), trainer)
     return _Made(tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(), taken.documents, taken.bytes)
 
@@ -109,7 +109,7 @@ class _Sample:
 
     def __iter__(self) -> Iterator[str]:
         with tqdm(total=self._size, unit="B", unit_scale=True, desc="sample", disable=None) as bar:
-            for portion in self._texts.portions:
+            for portion in self._texts.portions():
                 for record in portion.records():
                     if record.text is None or record.document >= self._threshold:
                         continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import Refused
-from data.files import STDLIB, File, cut, list_files, open_files
+from data.files import STDLIB, File, Files, list_files
+from data.portions import FILE, cut, open_files
 from data.prepare import Prepare, prepare
 from data.records import Record, hash64
 from data.split import HeldOut
@@ -27,13 +29,15 @@ def side(held_out: HeldOut, name: str, document: int = 0) -> str:
 @given(st.lists(st.tuples(st.integers(0, 5 << 20), st.booleans()), min_size=1, max_size=12))
 def test_parts_of_work_cover_each_file_once(files: list[tuple[int, bool]]) -> None:
     listed = [File(f"{i}.jsonl" if is_lines else f"{i}", "", size, 0) for i, (size, is_lines) in enumerate(files)]
-    chunks = [chunk for part in cut(listed, 1 << 20) for chunk in part]
+    portions = list(cut(listed, 2 << 20, 1 << 20))
+    chunks = [chunk for portion in portions for chunk in portion]
     for file in listed:
         mine = [chunk for chunk in chunks if chunk.name == file.name]
         assert [chunk.begin for chunk in mine] == [0, *(chunk.end for chunk in mine[:-1])]
         assert mine[-1].end == file.size
         assert file.is_lines or all(chunk.begin % (1 << 20) == 0 for chunk in mine), "where a long document is cut"
     assert [p.name for p in chunks] == sorted((p.name for p in chunks), key=lambda name: int(name.split(".")[0]))
+    assert all(len(portion) <= (2 << 20) // FILE for portion in portions), "of empty files, too"
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=60, unique=True), st.floats(0.001, 0.999))
@@ -61,12 +65,12 @@ def test_shares_are_held_out_as_asked() -> None:
 
 
 def test_the_standard_library_is_its_source_without_tests() -> None:
-    files = list_files(STDLIB)
+    files = list(list_files(STDLIB))
     names = {file.name for file in files}
     assert {"ast.py", "json/decoder.py"} <= names
     assert not any(set(name.split("/")) & {"test", "tests", "site-packages"} for name in names)
     assert sum(file.size for file in files) > 5_000_000
-    assert files == list_files(STDLIB)
+    assert files == list(list_files(STDLIB))
 
 
 def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
@@ -75,6 +79,32 @@ def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
         (tmp_path / "texts" / name).touch()
     names = [file.name for file in list_files(f"{tmp_path}/te*/0*.txt")]
     assert names == ["texts/01.txt", "texts/02.txt"]
+
+
+def test_files_come_once_and_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
+    names = ["a-b", "a.txt", "a/b", "a/c/d", "a0", "ab", "b/a", "\ue000", "𐍈", "\udcff"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for source in (str(tmp_path), f"{tmp_path}/**"):
+        assert [file.name for file in list_files(source)] == sorted(names, key=os.fsencode)
+    twice = [File(name, "", 0, 0) for name in [*names, *names]]
+    assert [file.name for file in Files(twice)] == sorted(names, key=os.fsencode)
+
+
+def test_nothing_is_held_for_a_file() -> None:
+    """Python's own memory, exactly; what SQLite takes beside it is a cache of fixed size."""
+    peaks = []
+    for count in (1_000, 8_000):
+        tracemalloc.start()
+        files = Files(File(f"folder/{i}", f"/somewhere/folder/{i}", i % 100, i) for i in range(count))
+        texts = open_files("texts", files, "text", 64)
+        assert texts.plan != texts.fingerprint
+        HeldOut.choose(0.1, "file", texts.names())
+        assert sum(len(portion.chunks) for portion in texts.portions()) >= count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 16 * 7_000, "16 bytes a file"
 
 
 def test_odd_names_and_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -136,4 +166,4 @@ def test_a_file_of_somebody_else_is_refused_by_name(tmp_path: Path) -> None:
 )
 def test_what_holds_no_plain_text_is_refused_by_name(name: str) -> None:
     with pytest.raises(Refused, match=rf"{name} holds no plain text"):
-        open_files("texts", [File("a.jsonl.gz", "a.jsonl.gz", 9, 0), File(name, name, 9, 0)], "text", 64)
+        open_files("texts", Files([File("a.jsonl.gz", "a.jsonl.gz", 9, 0), File(name, name, 9, 0)]), "text", 64)

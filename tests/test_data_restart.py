@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from data import part, workers
 from data.manifest import Manifest
 from data.megatron import indexed_dataset
 from data.part import Job, Part, make_parts
+from data.prepare import make_all_parts
 from data.records import MALFORMED, NOT_UTF8
 from data.split import HeldOut
 from data.texts import TextSource
@@ -101,7 +103,7 @@ def test_a_portion_goes_on_behind_any_of_its_parts(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(part, "PORTION", 60_000)
     monkeypatch.setattr(part, "BATCH", 10_000)
     monkeypatch.setattr(workers, "progress", lambda done: None)
-    (portion,) = TextSource(str(write_source(tmp_path / "texts") / "a.jsonl")).open().portions[:1]
+    portion = next(TextSource(str(write_source(tmp_path / "texts") / "a.jsonl")).open().portions())
 
     def parts(folder: Path) -> dict[str, bytes]:
         folder.mkdir(exist_ok=True)
@@ -126,10 +128,29 @@ def test_many_short_documents_fill_a_part_too(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(workers, "progress", lambda done: None)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ab"}\n' * 2_000)
-    (portion,) = TextSource(str(path)).open().portions
+    (portion,) = TextSource(str(path)).open().portions()
     made = [Part.read(path) for path in make_parts(Job(portion, tmp_path / "0", "bytes", None, HeldOut("document", 0)))]
     assert sum(one.records for one in made) == 2_000
     assert max(one.records for one in made) <= 300
+
+
+def test_no_more_jobs_are_taken_than_keep_the_workers_busy(tmp_path: Path) -> None:
+    """And the parts come in the order of the jobs."""
+    (tmp_path / "a.txt").write_text("text")
+    portion = next(TextSource(str(tmp_path / "a.txt")).open().portions())
+    taken = []
+
+    def jobs() -> Iterator[Job]:
+        for number in range(40):
+            taken.append(tmp_path / f"{number:02}")
+            yield Job(portion, taken[-1], "bytes", None, HeldOut("file", -1))
+
+    with contextlib.closing(make_all_parts(jobs(), ["data.part"], 1, None)) as parts:
+        made = [next(parts)]
+        assert len(taken) <= 4, "two, and two more where both are done"
+        made += parts
+    assert made == [path.with_name(f"{path.name}.00000.npz") for path in taken]
+    assert len(made) == 40
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32])

@@ -77,7 +77,7 @@ def test_every_way_gives_the_records_of_the_same_jsonl(
 
 def read(source: TextSource) -> list[tuple[str | None, str | None, int, bool]]:
     """The records, in order, as a worker gets them."""
-    portions = pickle.loads(pickle.dumps(source.open().portions))
+    portions = (pickle.loads(pickle.dumps(portion)) for portion in source.open().portions())
     return [(r.text, r.skipped, r.document, r.cut) for portion in portions for r in portion.records()]
 
 
@@ -169,5 +169,5 @@ def test_keys_of_datasets_need_a_dataset() -> None:
 
 
 def test_a_job_carries_the_stream_and_not_the_rows(folder: Path) -> None:
-    portions = TextSource(f"datasets:{folder}/saved").open().portions
+    portions = TextSource(f"datasets:{folder}/saved").open().portions()
     assert all(isinstance(s, RowPortion) and len(s.stream) < 100_000 for s in portions)
