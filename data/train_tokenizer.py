@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BORDER = re.compile(r"\n(?=\S)")  # where a word of these ends whatever is around
+PIECE = 128 << 10  # characters of a document handed over at once: the library takes hundreds of bytes a token
 SMALLEST = 257  # the bytes and the end of a document
 
 
@@ -119,4 +122,13 @@ class _Sample:
                     self.documents += 1
                     self.bytes += read
                     bar.update(read)
-                    yield record.text
+                    yield from cut(record.text)
+
+
+def cut(text: str, piece: int = PIECE) -> Iterator[str]:
+    """The text in pieces of about `piece` characters that have its words."""
+    begin = 0
+    while border := BORDER.search(text, begin + piece):
+        yield text[begin : border.end()]
+        begin = border.end()
+    yield text[begin:]

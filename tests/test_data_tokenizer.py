@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from conf.schema import Refused
 from data.manifest import Manifest
 from data.prepare import Prepare, prepare
 from data.tokenizer import HuggingFace
-from data.train_tokenizer import END, TrainTokenizer, train_tokenizer
+from data.train_tokenizer import END, WORDS, TrainTokenizer, cut, train_tokenizer
 from tests.test_data_restart import descendants
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +65,16 @@ def test_every_text_comes_back(trained: Path, text: str) -> None:
     (ids,) = tokenizer.encode([text])
     assert tokenizer.decode(ids.tolist()) == text
     assert tokenizer.end_of_document not in ids
+
+
+@given(text=st.lists(st.one_of(st.text("a1.' \n\r\t", max_size=9), st.text(max_size=3))).map("".join))
+def test_a_long_text_is_trained_on_in_pieces_that_have_its_words(text: str) -> None:
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    pieces = list(cut(text, 4))
+    assert "".join(pieces) == text
+    assert [w for piece in pieces for w, _ in split.pre_tokenize_str(piece)] == [
+        w for w, _ in split.pre_tokenize_str(text)
+    ]
 
 
 def test_it_compresses_and_ends_documents(trained: Path, tmp_path: Path) -> None:
