@@ -69,7 +69,7 @@ def list_files(source: str) -> Files:
 
     `stdlib` is the running Python's standard library source without its tests; else a file, a folder (every file
     below it but hidden ones) or a glob. A link to a file is that file; links to folders are not followed, since they
-    may lead in circles, and stderr says how many there were.
+    may lead in circles; stderr says how many there were, with pipes and sockets.
     """
     try:
         root, paths = _find(source)
@@ -112,7 +112,7 @@ def _find(source: str) -> tuple[Path, Iterator[Path]]:
 
 def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
     """The files below `root`, without folders that are left out by name. Holds no more than folders still to see."""
-    links = 0
+    left = 0
     folders = [root]
     while folders:
         with os.scandir(folders.pop()) as entries:
@@ -126,9 +126,9 @@ def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
                 elif path.is_file():
                     yield path
                 else:
-                    links += entry.is_symlink()
-    if links:
-        print(f"{links} symbolic links to folders or to nowhere below {root} were not followed.", file=sys.stderr)
+                    left += 1
+    if left:
+        print(f"{left} links to folders or to nowhere, pipes or sockets below {root} were not read.", file=sys.stderr)
 
 
 def _before_magic(parts: tuple[str, ...]) -> Iterator[str]:
