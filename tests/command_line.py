@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def typed(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "models", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -10,6 +10,7 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests import held_disk
 from tests.ranks import CONTEXT
 
 
@@ -44,6 +45,7 @@ def _main(
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
     os.environ |= variables
+    held_disk.install()
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     code = import_module(f"{package}.__main__").main(arguments)

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from tests.settle import settle
 
-GRACE = 5.0  # seconds that the other ranks get to report, once one has failed
+PATIENCE = 300.0  # seconds: on a machine that does much else a test takes many times what it takes alone
+GRACE = 20.0  # seconds that the other ranks get to report, once one has failed, and all to write their stacks
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
@@ -35,7 +36,7 @@ def runner(folder: Path) -> Callable[..., list[Any]]:
     """The function behind the `ranks` fixture; each call keeps its files in a folder of its own inside `folder`."""
     calls = count()
 
-    def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = PATIENCE) -> list[Any]:
         meeting = folder / f"ranks_{next(calls)}"
         meeting.mkdir()
         processes = [
@@ -46,7 +47,7 @@ def runner(folder: Path) -> Callable[..., list[Any]]:
         ]
         for process in processes:
             process.start()
-        hung = _wait(processes, timeout)
+        hung = _wait(processes, timeout, [meeting / f"stack_{rank}" for rank in range(world_size)])
         failures = [f"rank {rank}:\n{text}" for rank, text in _texts(meeting, "error", world_size)]
         failures += [
             f"rank {rank} ended with exit code {process.exitcode} and no traceback"
@@ -84,8 +85,9 @@ def _rank(
         os._exit(1)  # a peer may be stuck in a collective: an orderly exit could wait for it
 
 
-def _wait(processes: Sequence[BaseProcess], timeout: float) -> list[int]:
-    """Wait until all ended, or `GRACE` after one failed, or `timeout`; kill and name those still running."""
+def _wait(processes: Sequence[BaseProcess], timeout: float, stacks: Sequence[Path]) -> list[int]:
+    """Wait until all ended, or `GRACE` after one failed, or `timeout`; kill and name those still running, once they
+    have written their stacks."""
     deadline = time.monotonic() + timeout
     try:
         while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
@@ -95,8 +97,13 @@ def _wait(processes: Sequence[BaseProcess], timeout: float) -> list[int]:
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for rank in hung:
             os.kill(processes[rank].pid or 0, signal.SIGUSR2)
+        deadline = time.monotonic() + GRACE
+        while any(processes[rank].is_alive() and not stacks[rank].stat().st_size for rank in hung):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
         if hung:
-            time.sleep(0.5)  # for the stacks to be written
+            time.sleep(0.5)  # for the end of a stack whose beginning is there
         return hung
     finally:
         for process in processes:

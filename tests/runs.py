@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from tests import forked
 from tests.corpora import write_corpus
+from tests.ports import free_ports
+from tests.ranks import PATIENCE
 from train.checkpoint.storage import read_table, read_tensors
 
 MODEL = (
@@ -59,7 +60,7 @@ class Job:
     processes: Sequence[BaseProcess]
     output: list[Path]
 
-    def end(self, timeout: float = 120.0) -> int:
+    def end(self, timeout: float = PATIENCE) -> int:
         """Wait for all ranks; return the exit code, the same of each."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -88,17 +89,23 @@ class Job:
         return any(process.is_alive() for process in self.processes)
 
 
-def start(folder: Path, arguments: Sequence[str], ranks: int = 1, largest_file: int | None = None) -> Job:
+def start(
+    folder: Path,
+    arguments: Sequence[str],
+    ranks: int = 1,
+    largest_file: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Job:
     """Start `python -m train` with `arguments` on so many ranks, in the working directory `folder`.
 
-    largest_file: bytes; a write beyond fails, as on a full disk.
+    largest_file: bytes; a write beyond fails, as on a full disk. variables: of the environment, beside those there are.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     output = [folder / f"rank_{rank}.txt" for rank in range(ranks)]
     processes = [
-        forked.start("train", arguments, folder, output[rank], _place(rank, ranks, port), largest_file)
+        forked.start(
+            "train", arguments, folder, output[rank], {**_place(rank, ranks, port), **(variables or {})}, largest_file
+        )
         for rank in range(ranks)
     ]
     return Job(processes, output)
@@ -119,7 +126,7 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 1) -> str:
     return job.printed()
 
 
-def wait_until(condition: Callable[[], bool], job: Job, timeout: float = 60.0, pause: float = 0.01) -> bool:
+def wait_until(condition: Callable[[], bool], job: Job, timeout: float = PATIENCE, pause: float = 0.01) -> bool:
     """Until `condition` holds; False where the run ended before it did. pause: seconds between two looks."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -25,7 +25,7 @@ class Meeting:
 
     def __init__(self, num_shards: int) -> None:
         self.board: list[Any] = [None] * num_shards
-        self.barrier = threading.Barrier(num_shards, timeout=60)
+        self.barrier = threading.Barrier(num_shards, timeout=300)
 
     def exchange(self, index: int, value: Any) -> list[Any]:
         """What every shard gave, in order."""

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_ports
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("n1", "n2")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where Debian keeps daemons
@@ -151,7 +153,7 @@ class SlurmCluster:
             "folder": self.folder,
             "host": socket.gethostname(),
             "user": pwd.getpwuid(os.getuid()).pw_name,
-            **dict(zip(("controller", *NODES), _free_ports(3), strict=True)),
+            **dict(zip(("controller", *NODES), free_ports(3), strict=True)),
         }
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -170,12 +172,12 @@ class SlurmCluster:
             if self._takes_jobs():
                 self.run("scancel", "--full", f"--user={os.getuid()}")
                 self.run("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}")
-                self.wait(lambda: not self.run("squeue", "--noheader"), "jobs to end", timeout=40)
+                self.wait(lambda: not self.run("squeue", "--noheader"), "jobs to end")
         finally:
             for daemon in reversed(self.daemons):
                 daemon.terminate()
                 try:
-                    daemon.wait(10)
+                    daemon.wait(60)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
@@ -194,14 +196,3 @@ class SlurmCluster:
 
     def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

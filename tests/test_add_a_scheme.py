@@ -51,7 +51,7 @@ def typed(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         env={**environment, "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:xdist"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
 
 

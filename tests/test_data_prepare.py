@@ -113,6 +113,19 @@ def test_a_hugging_face_tokenizer_neither_truncates_nor_reads_special_tokens_in_
     assert Manifest.read(tmp_path / "out").vocab == 4
 
 
+NO_MORE_PARTS = """
+import os, time
+from pathlib import Path
+fsync = os.fsync
+def held(descriptor):
+    while len(list(Path({work!r}).glob("*/*.npz"))) >= int(os.environ["PARTS"]):
+        time.sleep(0.05)
+    fsync(descriptor)
+os.fsync = held
+"""
+"""Whoever prepares waits with so many parts, for as long as the test needs to kill it."""
+
+
 def test_bytes_do_not_depend_on_processes_or_interruptions(tmp_path: Path) -> None:
     """Killed twice while the parts are made and once after, then run again: the corpus of an uninterrupted run."""
     source = tmp_path / "lines.jsonl"
@@ -125,16 +138,18 @@ def test_bytes_do_not_depend_on_processes_or_interruptions(tmp_path: Path) -> No
 
     out = tmp_path / "out"
     work = tmp_path / "out.preparing"
-    kept = -1
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "sitecustomize.py").write_text(NO_MORE_PARTS.format(work=str(work)))
+    held = {**os.environ, "PYTHONPATH": f"{tmp_path / 'disk'}:{ROOT}"}
     for num_parts in (1, 4, 8):
-        process = subprocess.Popen(arguments("prepare", *settings, f"out={out}", "processes=1"), cwd=ROOT)
+        words = arguments("prepare", *settings, f"out={out}", "processes=1")
+        process = subprocess.Popen(words, cwd=ROOT, env={**held, "PARTS": str(num_parts)})
         while len(list(work.glob("*/*.npz"))) < num_parts and process.poll() is None:
-            time.sleep(0.001)
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not out.exists()
-        assert len(list(work.glob("*/*.npz"))) > kept
-        kept = len(list(work.glob("*/*.npz")))
+        assert len(list(work.glob("*/*.npz"))) == num_parts
     finished = command("prepare", *settings, f"out={out}", "processes=2")
     assert finished.returncode == 0
     assert "going on from" in finished.stderr
@@ -177,6 +192,10 @@ def test_an_interruption_waits_for_no_more_than_the_records_in_hand(
     interrupt: Callable[[int], None], tmp_path: Path
 ) -> None:
     """One portion of 3,000,000 documents, of which a part holds a hundredth."""
+
+    def parts() -> list[Path]:
+        return list(tmp_path.glob("out.preparing/*/*.npz"))
+
     with gzip.open(tmp_path / "lines.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"text": "ab"}\n' * 3_000_000)
     words = arguments("prepare", f"source={tmp_path / 'lines.jsonl.gz'}", f"out={tmp_path / 'out'}")
@@ -189,12 +208,12 @@ def test_an_interruption_waits_for_no_more_than_the_records_in_hand(
         # ignored where the suite itself was started in the background
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not list(tmp_path.glob("out.preparing/*/*.npz")) and process.poll() is None:
+    while not parts() and process.poll() is None:
         time.sleep(0.01)
+    before = len(parts())
     interrupt(process.pid)
-    asked = time.monotonic()
     _, said = process.communicate()
-    assert time.monotonic() - asked < 4, "alone it takes a tenth of that"
+    assert len(parts()) - before < 20, "how quick it is on this machine is not in question, but what it still does is"
     assert process.returncode == 75
     assert said.startswith("interrupted. Finished parts are kept")
     assert "Traceback" not in said

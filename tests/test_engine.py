@@ -235,7 +235,7 @@ def _train_compiled(overrides: list[str]) -> Results:
 
 
 def test_compiled_and_sharded_equals_one_process(ranks: RunRanks, expected: list[Results]) -> None:
-    for found in ranks(2, _train_compiled, [], timeout=180):
+    for found in ranks(2, _train_compiled, []):
         assert_equal(found, expected[0])
 
 

@@ -66,15 +66,15 @@ def _one_dies() -> None:
 
 
 def _all_hang() -> None:
-    time.sleep(100)
+    time.sleep(1000)
 
 
 @pytest.mark.parametrize(
     ("function", "timeout", "words"),
     [
-        pytest.param(_one_raises, 30.0, ["rank 1:", "ValueError: the reason"], id="raises"),
-        pytest.param(_one_dies, 30.0, ["rank 1 ended with exit code 9"], id="dies"),
-        pytest.param(_all_hang, 2.0, ["rank 0 was still running", "rank 1 was", "in _all_hang"], id="hangs"),
+        pytest.param(_one_raises, 300.0, ["rank 1:", "ValueError: the reason"], id="raises"),
+        pytest.param(_one_dies, 300.0, ["rank 1 ended with exit code 9"], id="dies"),
+        pytest.param(_all_hang, 10.0, ["rank 0 was still running", "rank 1 was", "in _all_hang"], id="hangs"),
     ],
 )
 def test_a_failed_rank_is_named_and_nothing_waits(
@@ -83,7 +83,7 @@ def test_a_failed_rank_is_named_and_nothing_waits(
     start = time.monotonic()
     with pytest.raises(pytest.fail.Exception) as failure:
         ranks(2, function, timeout=timeout)
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 150
     for word in words:
         assert word in str(failure.value)
 
