@@ -1,4 +1,4 @@
-"""Every command that the README shows is run, in its order, in an empty folder."""
+"""Every command that the README shows is run, those that build on each other in its order, in an empty folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+MADE = ["make demo", "make test"]  # a newcomer's first two, which are run whole wherever a change is tested
 
 
 def commands(text: str) -> list[str]:
@@ -20,24 +23,41 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def argv(command: str) -> list[str]:
-    """With this interpreter, and an address that needs no name service."""
+SHOWN = commands((ROOT / "README.md").read_text())
+ALONE = [command for command in SHOWN if command.startswith("python -m models ") and "runs/" not in command]
+"""Those that neither read nor write a file."""
+
+
+def run(command: str, folder: Path) -> None:
+    """`python -m` forked, as every package of ours is also started by itself in some other test; torchrun with this
+    interpreter, and with an address that needs no name service."""
+    output, variables = folder / "output.txt", {"COLUMNS": "120"}
     program, *arguments = shlex.split(command)
     if program == "torchrun":
-        return [*TORCHRUN, *(argument for argument in arguments if argument != "--standalone")]
-    assert program == "python", f"the README shows {command!r}, which this test does not know how to run"
-    return [sys.executable, *arguments]
+        arguments = [*TORCHRUN, *(argument for argument in arguments if argument != "--standalone")]
+        environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+        with output.open("w") as file:
+            code = subprocess.run(arguments, cwd=folder, env=environment, stdout=file, stderr=file).returncode
+    else:
+        assert [program, arguments[0]] == ["python", "-m"], f"nothing here knows how to run {command!r} of the README"
+        process = forked.start(arguments[1], arguments[2:], folder, output, variables)
+        process.join()
+        code = process.exitcode or 0
+    printed = output.read_text()
+    assert code == 0, f"{command}\n{printed[-5000:]}"
+    assert printed.strip(), f"{command} says nothing"
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
-    shown = commands((ROOT / "README.md").read_text())
-    made = [command for command in shown if command.startswith("make ")]
-    assert made == ["make demo", "make test"], "these two are run by .ci/run; others belong into it too"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    for command in shown[len(made) :]:
-        done = subprocess.run(argv(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        assert done.stdout.strip() or done.stderr.strip(), f"{command} says nothing"
+def test_the_others_are_run_in_order(tmp_path: Path) -> None:
+    assert [command for command in SHOWN if command.startswith("make ")] == SHOWN[: len(MADE)] == MADE
+    for command in SHOWN[len(MADE) :]:
+        if command not in ALONE:
+            run(command, tmp_path)
+
+
+@pytest.mark.parametrize("command", ALONE, ids=ALONE)
+def test_a_command_that_needs_no_file_runs(command: str, tmp_path: Path) -> None:
+    run(command, tmp_path)
 
 
 @pytest.mark.parametrize(
