@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,13 @@ LONGEST_FIRST = (
     "test_add_a_scheme",
     "test_report",
     "test_study",
+    "test_properties::test_compiled",
+    "test_recompute",
+    "test_report_page",
+    "test_modes",
 )
-"""Files whose tests take tens of seconds, or wait: begun last, one of them would leave the other cores idle."""
+"""Files, or functions of one, whose tests take tens of seconds, or wait: begun last, one of them would leave the other
+cores idle."""
 
 # The machines that run this are shared and slow: an example that takes long to try, or to draw, is no failure.
 hypothesis.settings.register_profile("keyhole", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -74,15 +81,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     stretches: list[list[pytest.Item]] = [[] for _ in range(workers)]
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    for item in sorted(items, key=lambda item: order.get(item.path.stem, len(order))):
-        if item.path.stem in order:
-            stretches[order[item.path.stem] % workers].append(item)
-    others = [item for item in items if item.path.stem not in order]
+    others: list[pytest.Item] = []
+    places = [order.get(item.path.stem, order.get(_function(item), len(order))) for item in items]
+    for place, item in sorted(zip(places, items, strict=True), key=itemgetter(0)):
+        (stretches[place % workers] if place < len(order) else others).append(item)
     for place, stretch in enumerate(stretches):
         wanted = len(items) * (place + 1) // workers - len(items) * place // workers - len(stretch)
         stretch += others[: max(wanted, 0)]
         others = others[max(wanted, 0) :]
     items[:] = [item for stretch in [*stretches, others] for item in stretch]
+
+
+def _function(item: pytest.Item) -> str:
+    """`<file>::<function>`, whatever its parameters."""
+    return f"{item.path.stem}::{getattr(item, 'originalname', item.name)}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: looking through it for garbage, again and again, takes a twentieth of the
+    suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
