@@ -1,15 +1,18 @@
 """From a mapping (YAML, Hydra) to the dataclass that owns it, checked.
 
 Hydra accepts an unknown key behind `+` and text where a number belongs; a run must not. `build` reads a mapping into a
-dataclass and refuses, in one sentence, a key that nobody reads (naming the nearest right one), a missing key and a
-wrong type. Every floor of the house may import this file; it imports only the standard library.
+dataclass and refuses, in one sentence, a key that nobody reads (naming the nearest right one), a missing key, a wrong
+type and a number that is not finite. Every floor of the house may import this file; it imports only the standard
+library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -56,6 +59,14 @@ def build(owner: type[T], values: Mapping[str, Any], where: str) -> T:
         raise Refused(f"{where}: {sentence}" if where else sentence) from None
 
 
+def at_least(lowest: float, owner: object, *names: str) -> None:
+    """For `__post_init__`: raises ValueError where one of these numbers of `owner` is below `lowest`; null is none."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} ({value}) must be at least {lowest}")
+
+
 def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
     """The sentence for a key that nobody reads, with the nearest key that somebody does."""
     return f"{path} is not a key that anything reads; {_nearest(key, known)}"
@@ -63,7 +74,9 @@ def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
 
 def unknown_choice(path: str, value: object, choices: Sequence[str]) -> str:
     """The sentence for a name that is none of `choices`, with the nearest one."""
-    return f"{path} is {_show(value)}, which does not exist; {_nearest(str(value), choices)}"
+    return (
+        f"{path} is {_show(value)}, which does not exist; {_nearest(str(value), choices)}"
+    )
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -120,16 +133,14 @@ def _read_union(hint: Any, value: Any, where: str) -> Any:
 
 
 def _read_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads `1e-3` as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
     wrong_bool = isinstance(value, bool) and hint is not bool
+    if hint is float and isinstance(value, int | str) and not wrong_bool:  # YAML 1.1 reads `1e-3` as text
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
     if not isinstance(hint, type) or not isinstance(value, hint) or wrong_bool:
         raise Refused(f"{where} is {_show(value)}, but {_type_name(hint)} is needed.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Refused(f"{where} is {value}, but a finite number is needed.")
     return value
 
 

@@ -70,6 +70,7 @@ class ModelConfig:
             raise ValueError(f"logit_cap ({self.logit_cap}) must be positive; leave it null for none")
         if self.positions is not None and self.positions < 1:
             raise ValueError(f"positions ({self.positions}) must be at least 1; leave it null for none")
+        schema.at_least(0, self, "norm_eps", "std", "embedding_scale")
         if self.vocab < 2 or self.width < 1 or not self.layers:
             raise ValueError("vocab must be at least 2, width at least 1, and layers must not be empty")
 
@@ -96,6 +97,11 @@ def resolve(config: ModelConfig) -> list[Layer]:
             for p, plan in enumerate(stack.of):
                 layers.append(_resolve_layer(plan, layers, f"model.layers[{s}].of[{p}]"))
     return layers
+
+
+def resolve_residual(config: ModelConfig) -> Any:
+    """The residual scheme's own config. Raises schema.Refused where it cannot be."""
+    return mechanism.config_of("residual", config.residual, "model.residual")
 
 
 def resolve_mtp(config: ModelConfig) -> tuple[Any, Layer] | None:

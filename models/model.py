@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.schema import Refused
-from models import loss, mechanism, norm
+from models import loss, norm
 from models.ahead import Ahead, Config, Made, Prediction
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer, Writer
-from models.config import Layer, ModelConfig, resolve, resolve_mtp
+from models.config import Layer, ModelConfig, resolve, resolve_mtp, resolve_residual
 from models.contract import Attention, Ends, Entry, FeedForward, Report, Residual, Sequence
 from models.linear import Linear
 from models.parameter import Module, Parametrization, named_specs
@@ -66,7 +66,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        residual = mechanism.config_of("residual", config.residual, "model.residual")
+        residual = resolve_residual(config)
         self.embedding = Embedding(config.vocab, config.width)
         self.positions = None if config.positions is None else Positions(config.positions, config.width)
         layers = resolve(config)

@@ -31,6 +31,10 @@ class Yarn:
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_length < 1:
             raise ValueError("YaRN needs a factor of at least 1 and a positive original_length")
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                f"YaRN needs a beta_slow ({self.beta_slow}) above 0 and a beta_fast ({self.beta_fast}) not below it"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from conf.schema import at_least
 from models import sink
 from models.contract import Attention, Entries, Packing, Part, Sequence, Slot, Visibility, at_tokens
 from models.cores import blockwise
@@ -44,6 +45,7 @@ class SharedConfig:
         self.output.check(self.heads)
         if self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1, the query itself")
+        at_least(0, self, "norm_eps")
 
 
 class SharedKV(Attention):

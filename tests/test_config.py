@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conf.compose import choices, compose, groups
-from conf.schema import Refused, build
+from conf.schema import Refused, at_least, build
 from models.config import resolve
 from models.model import Model
 from models.parameter import named_specs
@@ -95,8 +95,7 @@ class Outer:
     table: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rate < 0:
-            raise ValueError(f"rate ({self.rate}) must not be negative")
+        at_least(0, self, "rate")
 
 
 def test_a_mapping_is_read_whole() -> None:
@@ -121,7 +120,9 @@ def test_a_mapping_is_read_whole() -> None:
         pytest.param({"inner": None}, "outer.inner is None", id="null for a mapping"),
         pytest.param({"rate": "fast"}, "outer.rate is 'fast' (str), but a number is needed.", id="text for a number"),
         pytest.param({"rate": True}, "outer.rate is True (bool), but a number is needed.", id="truth for a number"),
-        pytest.param({"rate": -1}, "outer: rate (-1.0) must not be negative.", id="out of range"),
+        pytest.param({"rate": -1}, "outer: rate (-1.0) must be at least 0.", id="out of range"),
+        pytest.param({"rate": float("nan")}, "outer.rate is nan, but a finite number is needed.", id="not a number"),
+        pytest.param({"rate": "-1e400"}, "outer.rate is -inf, but a finite number is needed.", id="an infinite number"),
         pytest.param({"inner": {"size": True}}, "outer.inner.size is True", id="truth for a count"),
         pytest.param({"flag": 1}, "outer.flag is 1 (int), but true or false is needed.", id="number for truth"),
         pytest.param({"flag": "true"}, "outer.flag is 'true' (str), but true or false is needed.", id="text for truth"),
@@ -150,6 +151,7 @@ def test_a_missing_key_is_told() -> None:
     ("overrides", "sentence"),
     [
         pytest.param(["model=none"], "model is 'none'", id="no such model"),
+        pytest.param(["residual.x=3"], "model.residual.x is not a key", id="a key that the residual has not"),
         pytest.param(["+extra.key=1"], "extra is not a key that anything reads", id="a section that nobody reads"),
         pytest.param(["a=b=c"], "cannot be read|cannot be composed", id="two equals signs"),
         pytest.param(["~train"], "train.seed' not found", id="a section deleted"),
@@ -176,6 +178,26 @@ def test_compositions_that_are_refused(overrides: list[str], sentence: str) -> N
         read(compose(overrides))
     assert "\n" not in str(refusal.value)
     assert str(refusal.value)[-1] in ".?"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        pytest.param(["model.std=nan"], "model.std", id="initial matrices of no number"),
+        pytest.param(["model.norm_eps=-1"], "norm_eps", id="a norm that may divide by nothing"),
+        pytest.param(["optimizer.learning_rate=inf"], "optimizer.learning_rate", id="an infinite learning rate"),
+        pytest.param(["train.phases=[{start: 3, learning_rate: inf}]"], "learning_rate", id="one in a phase"),
+        pytest.param(["moe.router.scaling=nan"], "router.scaling", id="weights of experts of no number"),
+        pytest.param(["moe.router.scaling=-1"], "scaling", id="weights of experts below 0"),
+        pytest.param(["moe.balance_loss=-1"], "balance_loss", id="a reward for imbalance"),
+        pytest.param(["moe.bias_rate=-1"], "bias_rate", id="a bias to the loaded"),
+        pytest.param(["attention=mla", "+attention.latent_eps=-1"], "latent_eps", id="a norm of latents"),
+        pytest.param(["residual=mhc", "residual.norm_eps=-1"], "norm_eps", id="a norm of streams"),
+    ],
+)
+def test_an_impossible_number_is_refused_by_its_key(overrides: list[str], key: str) -> None:
+    with pytest.raises(Refused, match=rf"{key} .*(finite number is needed|must be at least 0)\.$"):
+        read(compose(overrides))
 
 
 def test_the_tiny_run_of_the_tests_is_read_whole() -> None:

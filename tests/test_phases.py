@@ -151,7 +151,9 @@ def test_impossible_ramps_are_refused(ramp: dict[str, int], sentence: str) -> No
         pytest.param([{"start": 5}, {"start": 5}], r"increasing steps, not at \[5, 5\]", id="twice at one step"),
         pytest.param([{"start": 5, "sequence_length": 0}], r"phases\[0\]: sequence_length \(0\)", id="no length"),
         pytest.param([{"start": 5, "batch_token": 64}], "did you mean 'batch_tokens'", id="misspelt key"),
-        pytest.param([{"start": 5, "learning_rate": -1.0}], "must not be negative", id="negative rate"),
+        pytest.param(
+            [{"start": 5, "learning_rate": -1.0}], r"learning_rate \(-1.0\) must be at least 0", id="negative rate"
+        ),
         pytest.param(
             [{"start": 5, "sequence_length": 12}],
             r"batch_tokens \(32\) .* from step 5 on; take 36",

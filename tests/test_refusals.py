@@ -99,6 +99,7 @@ CONFIGURATIONS = [
     pytest.param(["data.train.path=nowhere"], "nowhere holds no prepared corpus", id="no corpus"),
     pytest.param(["data.train.split=valid"], "empty split 'valid'", id="empty corpus"),
     pytest.param(["run.device=cuda"], "finds no GPU", id="no GPU"),
+    pytest.param(["run.threads=1000000"], "run.threads is 1000000, but this machine has", id="more threads than cores"),
     pytest.param(["run.dir=corpus/train.bin"], "corpus/train.bin cannot be written", id="a file for a run directory"),
     pytest.param(["run.dir=/proc/run"], "/proc/run cannot be written", id="a run directory that cannot be made"),
     pytest.param(["train.init=nowhere"], "there is no checkpoint at nowhere", id="no weights to start from"),

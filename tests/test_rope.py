@@ -114,7 +114,15 @@ def test_angles_of_far_positions_are_not_bfloat16() -> None:
     torch.testing.assert_close(Rope().rotate(x, position).flatten(), torch.tensor(exact), rtol=0.0, atol=3e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"factor": 0.5, "original_length": 8}, {"factor": 2.0, "original_length": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"factor": 0.5, "original_length": 8},
+        {"factor": 2.0, "original_length": 0},
+        {"factor": 2.0, "original_length": 8, "beta_slow": 0.0},
+        {"factor": 2.0, "original_length": 8, "beta_slow": 2.0, "beta_fast": 1.0},
+    ],
+)
 def test_an_impossible_stretch_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="YaRN"):
         Yarn(**wrong)  # type: ignore[arg-type]

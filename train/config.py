@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from conf import schema
 from data.config import DataConfig
-from models.config import ModelConfig, resolve, resolve_mtp
+from models.config import ModelConfig, resolve, resolve_mtp, resolve_residual
 from models.mode import Mode
 from parallel.layout import ParallelConfig
 from train.schedule import Schedule
@@ -33,8 +33,7 @@ class RunSection:
     def __post_init__(self) -> None:
         if not self.dir:
             raise ValueError("dir is empty; name a directory")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads ({self.threads}) must be at least 1")
+        schema.at_least(1, self, "threads")
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,8 @@ class Phase:
     mtp_weight: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("start", "sequence_length", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate ({self.learning_rate}) must not be negative")
-        _check_mtp_weight(self.mtp_weight)
-
-
-def _check_mtp_weight(weight: float | None) -> None:
-    if weight is not None and not 0 <= weight < float("inf"):
-        raise ValueError(f"mtp_weight ({weight}) must be a number from 0 on")
+        schema.at_least(1, self, "start", "sequence_length", "batch_tokens")
+        schema.at_least(0, self, "learning_rate", "mtp_weight")
 
 
 MTP_WEIGHT = 0.3
@@ -85,10 +74,7 @@ class Ramp:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give either steps or tokens, over which the batch grows")
-        for name in ("batch_tokens", "increment", "steps", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+        schema.at_least(1, self, "batch_tokens", "increment", "steps", "tokens")
 
 
 @dataclass(frozen=True)
@@ -140,9 +126,8 @@ class TrainSection:
     mtp_weight: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequence_length", "batch_tokens", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        schema.at_least(1, self, "steps", "sequence_length", "batch_tokens", "micro_batch")
+        schema.at_least(0, self, "mtp_weight")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip ({self.clip}) must be above 0; null is for no clipping")
         if self.compile and self.compute == "fp32":
@@ -164,7 +149,6 @@ class TrainSection:
         modes = {self.attention, *(phase.attention for phase in self.phases)}
         if self.approximate is not None and "sparse" not in modes:
             raise ValueError("approximate is never used: no phase trains with attention: sparse; leave it null")
-        _check_mtp_weight(self.mtp_weight)
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must start at increasing steps, not at {starts}")
@@ -184,10 +168,7 @@ class CheckpointSection:
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+        schema.at_least(1, self, "every", "keep", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -251,6 +232,7 @@ def read(values: Mapping[str, Any]) -> Config:
 
     optimizer.read(config.optimizer)
     resolve(config.model)
+    resolve_residual(config.model)
     resolve_mtp(config.model)
     if config.train.approximate is not None:
         from models.cores import approximate

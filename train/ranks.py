@@ -59,10 +59,8 @@ class Ranks:
 
 
 def join(run: RunSection) -> Ranks:
-    """Meet the other ranks. Raises Refused where a GPU was asked for and there is none."""
+    """Meet the other ranks. Raises Refused where there is no such device, or fewer cores than threads."""
     rank, world_size, local_rank = _identity()
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
     backend = "cpu:gloo,cuda:nccl" if run.device != "cpu" and torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=10)
     if world_size == 1:
@@ -70,7 +68,7 @@ def join(run: RunSection) -> Ranks:
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     ranks = Ranks(rank, world_size, torch.device("cpu"), dist.new_group(backend="gloo", timeout=timeout))
-    return replace(ranks, device=ranks.together(lambda: _device(run, local_rank)))
+    return replace(ranks, device=ranks.together(lambda: _settle(run, local_rank)))
 
 
 def leave() -> None:
@@ -110,6 +108,15 @@ def _first_host(nodes: str) -> str:
 def _port(job: str, step: str) -> int:
     """Every task finds the same, other steps on these nodes most likely another; below what Linux gives to clients."""
     return 12000 + (101 * int(job) + int(step)) % 20000
+
+
+def _settle(run: RunSection, local_rank: int) -> torch.device:
+    """On this machine: with the threads and the device that were asked for."""
+    if run.threads is not None:
+        if run.threads > (cores := os.cpu_count() or 1):
+            raise Refused(f"run.threads is {run.threads}, but this machine has {cores} cores; take so many at most.")
+        torch.set_num_threads(run.threads)
+    return _device(run, local_rank)
 
 
 def _device(run: RunSection, local_rank: int) -> torch.device:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from conf.schema import at_least
 from models.compressor import Blocks, Compressor
 from models.contract import (
     Flops,
@@ -53,8 +54,7 @@ class Indexer:
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.top_k) < 1:
             raise ValueError("heads, head_dim and top_k must be positive")
-        if self.kl_loss < 0:
-            raise ValueError(f"kl_loss ({self.kl_loss}) must not be negative")
+        at_least(0, self, "kl_loss")
 
 
 @dataclass(frozen=True, kw_only=True)

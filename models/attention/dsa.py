@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from conf.schema import at_least
 from models import fp8
 from models.attention import mla
 from models.contract import (
@@ -60,8 +61,7 @@ class Indexer:
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.top_k) < 1:
             raise ValueError("heads, head_dim and top_k must be positive")
-        if self.kl_loss < 0:
-            raise ValueError(f"kl_loss ({self.kl_loss}) must not be negative")
+        at_least(0, self, "norm_eps", "kl_loss")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from conf.schema import at_least
 from models import output, sink
 from models.contract import (
     Attention,
@@ -71,6 +72,7 @@ class Config:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.scale is not None and self.scale <= 0:
             raise ValueError(f"scale ({self.scale}) must be positive; leave it null for 1 / √head_dim")
+        at_least(0, self, "norm_eps")
         if self.rope_dim is not None and (self.rope is None or not 2 <= self.rope_dim <= self.head_dim):
             raise ValueError(
                 f"rope_dim ({self.rope_dim}) must lie between 2 and head_dim ({self.head_dim}), and needs a rope; "

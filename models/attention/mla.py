@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from conf.schema import at_least
 from models import output, sink
 from models.contract import (
     Attention,
@@ -72,6 +73,7 @@ class Config:
             raise ValueError(
                 f"query_latent ({self.query_latent}) must be positive; leave it null for a full-rank query"
             )
+        at_least(0, self, "scale_multiplier", "latent_eps")
         if self.output is not None:
             self.output.check(self.heads)
 

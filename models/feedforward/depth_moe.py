@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.schema import at_least
 from models.contract import FeedForward, Result, Sequence
 from models.moe import dispatch
 from models.moe.depth_router import DepthRouter
@@ -35,6 +36,7 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.experts, self.hidden, self.router_hidden) < 1:
             raise ValueError("experts, hidden and router_hidden must be positive")
+        at_least(0, self, "norm_eps", "bias_rate")
 
     def build(self, width: int) -> DepthMoE:
         return DepthMoE(self, width)

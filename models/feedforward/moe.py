@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.schema import at_least
 from models import activation
 from models.contract import FeedForward, Result, Sequence
 from models.feedforward.dense import Dense
@@ -44,6 +45,7 @@ class Config:
             )
         if self.clamp is not None and self.clamp <= 0:
             raise ValueError(f"clamp ({self.clamp}) must be positive; leave it null for none")
+        at_least(0, self, "balance_loss", "z_loss", "bias_rate")
         groups, kept = self.router.groups, self.router.kept_groups
         if groups < 1 or self.experts % groups:
             raise ValueError(f"experts ({self.experts}) must be a multiple of router.groups ({groups})")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.schema import at_least
 from models.contract import Result, Sequence
 from models.feedforward import moe
 from models.linear import full_precision
@@ -30,6 +31,7 @@ class Config(moe.Config):
         super().__post_init__()
         if self.shared_hidden < 1:
             raise ValueError("shared_hidden must be positive: it is the width of the dense feed-forward")
+        at_least(0, self, "norm_eps")
 
     def build(self, width: int) -> Parallel:
         return Parallel(self, width)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.schema import at_least
 from models import activation
 from models.contract import Entry, FeedForward, Result, Sequence
 from models.linear import Linear
@@ -36,6 +37,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.hidden < 1:
             raise ValueError(f"hidden ({self.hidden}) must be positive")
+        at_least(0, self, "norm_eps")
 
     def build(self, width: int, vocab: int) -> PerLayerEmbedding:
         return PerLayerEmbedding(self, width, vocab)

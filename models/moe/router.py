@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.schema import at_least
 from models.linear import Linear, full_precision
 from models.moe.hashed import Table
 from models.parameter import Module
@@ -44,6 +45,7 @@ class Config:
             raise ValueError(
                 f"hash_vocab ({self.hash_vocab}) must be the vocabulary's size; leave it null for no table"
             )
+        at_least(0, self, "scaling")
 
 
 class Routing(NamedTuple):

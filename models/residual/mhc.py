@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.schema import at_least
 from models import contract
 from models.linear import full_precision
 from models.parameter import Module
@@ -45,6 +46,7 @@ class Config:
             raise ValueError(f"streams ({self.streams}) must be at least 2; use the plain residual for one")
         if self.rounds < 1:
             raise ValueError(f"rounds ({self.rounds}) must be at least 1")
+        at_least(0, self, "eps", "norm_eps")
 
     def build(self, width: int) -> Residual:
         return Residual(self, width)

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from conf import schema
 from conf.schema import Refused
-from models import mechanism
-from models.config import Layer, ModelConfig, resolve, resolve_mtp
+from models.config import Layer, ModelConfig, resolve, resolve_mtp, resolve_residual
 
 UNPUBLISHED = frozenset({"balance_loss", "z_loss", "bias_rate", "kl_loss", "keeps"})
 """Keys that change no logit, and that no config.json holds: losses of training, and what of its state is cached."""
@@ -116,8 +115,7 @@ def difference(model: ModelConfig, other: ModelConfig) -> str:
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     own = ("layers", "mtp")
     plain = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name not in own}
-    residual = mechanism.config_of("residual", model.residual, "model.residual")
-    return {**plain, "residual": residual, "layer": dict(enumerate(resolve(model))), "mtp": _mtp(model)}
+    return {**plain, "residual": resolve_residual(model), "layer": dict(enumerate(resolve(model))), "mtp": _mtp(model)}
 
 
 def _mtp(model: ModelConfig) -> dict[str, Any] | None:
