@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import signal
 import sys
 import types
@@ -33,9 +34,9 @@ def main(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(_run(arguments))
+        _say(_run(arguments))
     except Refused as refusal:
-        print(refusal, file=sys.stderr)
+        print(f"refused: {refusal}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(_sentence("interrupted.", interruption), file=sys.stderr)
@@ -44,6 +45,13 @@ def main(arguments: list[str]) -> int:
         print(_sentence(f"failed: {str(error).rstrip('.') or type(error).__name__}.", error), file=sys.stderr)
         return 1
     return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sentence(what: str, error: BaseException) -> str:

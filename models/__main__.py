@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
         import_module(f"models.commands.{parsed.module}").run(parsed)
         sys.stdout.flush()
     except Refused as refusal:
-        print(refusal, file=sys.stderr)
+        print(f"refused: {refusal}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough; nothing is left to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,4 +35,4 @@ def refused(arguments: list[object], reason: str, capsys: pytest.CaptureFixture[
     code = main([*map(str, arguments)])
     out, err = capsys.readouterr()
     assert code == 2 and out == ""
-    assert reason in err and err.count("\n") == 1 and err.rstrip().endswith((".", "?"))
+    assert err.startswith("refused: ") and reason in err and err.count("\n") == 1 and err.rstrip().endswith((".", "?"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -68,13 +71,30 @@ def test_people_see_the_borders_and_nothing_that_a_terminal_obeys(corpus: Path) 
     assert "lines …" in shown
 
 
-def test_the_command_line(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command line sets one."""
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["inspect", str(corpus), "--json", "windows=1"]) == 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_the_command_line(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(corpus), "--json", "windows=1"]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == str(corpus)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_reader_that_has_seen_enough_is_no_failure(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["inspect", str(corpus), "windows=1"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_corpus_without_its_tokenizer_shows_ids(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(words: list[str], sentenc
     assert refused.returncode == 2, refused.stderr
     assert refused.stdout == ""
     assert len(refused.stderr.splitlines()) == 1
-    assert re.search(sentence, refused.stderr), refused.stderr
+    assert re.search(f"^refused: .*{sentence}", refused.stderr), refused.stderr
     assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
 
 
