@@ -6,7 +6,6 @@ the schema, which names the nearest key, instead of Hydra's own message.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from conf.schema import Refused, unknown_choice
+from conf.schema import Refused, fault, unknown_choice
 
 ROOT = Path(__file__).parent
 
@@ -53,16 +53,26 @@ def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
         _refuse_unread(config, parsed)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise Refused(f"the configuration cannot be composed: {_first_line(error)}.") from None
+        raise Refused(f"the configuration cannot be composed: {fault(error)}.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        file = getattr(getattr(error, "problem_mark", error), "name", f"a file of {ROOT}")
+        raise Refused(f"{file} cannot be read ({fault(error)}); it must be YAML.") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in SECTIONS}
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise Refused(f"an override cannot be read: {_first_line(error)}; write it as key=value.") from None
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException:  # its words are about its grammar
+            raise Refused(
+                f"an override cannot be read: {override!r}; write it as key=value, where a text with special signs "
+                "stands in quotes: \"run.dir='a=b'\"."
+            ) from None
+    return parsed
 
 
 def _prepare(override: Override, known: Sequence[str]) -> str:
@@ -70,15 +80,18 @@ def _prepare(override: Override, known: Sequence[str]) -> str:
     line = override.input_line or ""
     key = override.key_or_group
     if override.is_sweep_override():
-        raise Refused(f"{line} gives several values, but this is one run; `python -m launch sweep` starts many.")
+        raise Refused(f"{line} gives several values, but this is one run; start one for each value.")
     if key.partition(".")[0] == "hydra":
         raise Refused(f"{line} is not read: Hydra only composes the configuration; run.dir names a run's directory.")
-    if key in known:
-        choice = override.value()
-        if isinstance(choice, str) and choice not in choices(key):
-            raise Refused(unknown_choice(key, choice, choices(key)))
+    if override.is_delete():
         return line
-    return line if override.is_delete() or line.startswith("++") else f"++{line.lstrip('+')}"
+    if key in known:
+        chosen = override.value()
+        for choice in chosen if isinstance(chosen, list) and chosen else [chosen]:
+            if choice not in choices(key):
+                raise Refused(unknown_choice(key, choice, choices(key)))
+        return line
+    return line if line.startswith("++") else f"++{line.lstrip('+')}"
 
 
 def _refuse_unread(config: DictConfig, overrides: list[Override]) -> None:
@@ -91,9 +104,3 @@ def _refuse_unread(config: DictConfig, overrides: list[Override]) -> None:
                 f"{override.input_line} is not read: the chosen model fixes its own {section}; "
                 "choose a model that refers to it, such as model=backbone_tiny."
             )
-
-
-def _first_line(error: BaseException) -> str:
-    with contextlib.suppress(IndexError):
-        return str(error).strip().splitlines()[0].rstrip(".")
-    return type(error).__name__

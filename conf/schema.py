@@ -51,7 +51,7 @@ def build(owner: type[T], values: Mapping[str, Any], where: str) -> T:
         if name in values:
             arguments[name] = _read(hints[name], values[name], _join(where, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise Refused(f"{_join(where, name)} is missing; give it a value of type {_type_name(hints[name])}.")
+            raise Refused(f"{_join(where, name)} is missing; {_type_name(hints[name])} is needed.")
     try:
         return owner(**arguments)
     except ValueError as error:
@@ -67,6 +67,16 @@ def at_least(lowest: float, owner: object, *names: str) -> None:
             raise ValueError(f"{name} ({value}) must be at least {lowest}")
 
 
+def fault(error: Exception) -> str:
+    """Why a file cannot be read, in a phrase; where its YAML is broken, with the line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
     """The sentence for a key that nobody reads, with the nearest key that somebody does."""
     return f"{path} is not a key that anything reads; {_nearest(key, known)}"
@@ -75,7 +85,7 @@ def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
 def unknown_choice(path: str, value: object, choices: Sequence[str]) -> str:
     """The sentence for a name that is none of `choices`, with the nearest one."""
     return (
-        f"{path} is {_show(value)}, which does not exist; {_nearest(str(value), choices)}"
+        f"{path} is {_show(value)}, which does not exist; {_nearest(value if isinstance(value, str) else '', choices)}"
     )
 
 
@@ -155,8 +165,13 @@ def _show(value: Any) -> str:
 
 def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is typing.Literal:
+    if origin is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if origin in (list, tuple, Sequence):
+        return "a list"
+    if origin in (dict, Mapping) or dataclasses.is_dataclass(hint):
+        return "a mapping of keys"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

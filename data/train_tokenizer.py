@@ -59,7 +59,10 @@ def train_tokenizer(request: TrainTokenizer) -> str:
     # the library runs this process's signal handlers only when it has done
     made = run_apart(_train, request, modules=[__name__, "tokenizers"])
     if not made.documents:
-        raise Refused(f"{request.source} holds no document in a sample of {request.sample:,} bytes; take a larger one.")
+        raise Refused(
+            f"{request.source} gives no text in a sample of {request.sample:,} bytes; name a source that holds text, "
+            "or take a larger sample if it is longer than that."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:

@@ -48,6 +48,11 @@ def section(name: str, choices: Mapping[str, str]) -> dict[str, Any]:
     """The model's section of a configuration, its open sections filled in. choices: by group. Raises Refused."""
     values, wanted = _read("model", name), open_sections(name)
     for group, choice in choices.items():
+        if group not in SECTIONS:
+            raise Refused(
+                f"{group}={choice} is not read: beside a model stand names of whole files alone, attention=mla for "
+                "conf/attention/mla.yaml; to try other numbers, write them into a file there and name that."
+            )
         if group not in wanted:
             raise Refused(
                 f"{group}={choice} is not read: model {name} leaves {' and '.join(wanted) or 'nothing'} open."
@@ -64,8 +69,13 @@ def _defaults() -> dict[str, str]:
 def _read(group: str, choice: str) -> dict[str, Any]:
     if choice not in names(group):
         raise Refused(schema.unknown_choice(group, choice, names(group)))
-    values = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
-    assert isinstance(values, dict), f"conf/{group}/{choice}.yaml holds no mapping"
+    file = CONF / group / f"{choice}.yaml"
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{file} cannot be read ({schema.fault(error)}); it must be YAML.") from None
+    if not isinstance(values, dict):
+        raise Refused(f"{file} holds no mapping of keys; write them as key: value.")
     return values
 
 

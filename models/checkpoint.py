@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import Refused
+from conf.schema import Refused, fault
 
 MANIFEST, TABLE = "manifest.json", "tensors.json"
 _PREFIX = "model."
@@ -33,7 +33,7 @@ class Checkpoint(Mapping[str, Tensor]):
             problem = _problem(folder)
             table = {} if problem else json.loads((folder / TABLE).read_bytes())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem, table = f"{type(error).__name__}: {error}", {}
+            problem, table = _why(error), {}
         if problem:
             raise Refused(f"the checkpoint {folder} is not whole ({problem}).")
         self._entries: dict[str, dict[str, Any]] = {
@@ -76,6 +76,12 @@ def _problem(folder: Path) -> str | None:
                 if _text(zlib.crc32(file.read(body["chunk"]))) != stated:
                     return f"{name} is damaged"
     return None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    return fault(error) if isinstance(error, OSError) else f"{MANIFEST} or {TABLE} is damaged"
 
 
 def _text(crc: int) -> str:

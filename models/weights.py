@@ -221,7 +221,7 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise Refused(f"{path} is missing.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise Refused(f"{path} cannot be read ({str(error).splitlines()[0]}).") from None
+        raise Refused(f"{path} cannot be read ({schema.fault(error)}).") from None
     if not isinstance(values, Mapping):
         raise Refused(f"{path} holds no mapping of keys.")
     return values

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from conf import compose as composing
 from conf.compose import choices, compose, groups
 from conf.schema import Refused, at_least, build
+from models import catalog
 from models.config import resolve
 from models.model import Model
 from models.parameter import named_specs
@@ -143,7 +148,7 @@ def test_a_mistake_has_one_sentence(change: dict[str, Any], sentence: str) -> No
 
 
 def test_a_missing_key_is_told() -> None:
-    with pytest.raises(Refused, match=r"^outer.inner is missing; give it a value of type Inner\.$"):
+    with pytest.raises(Refused, match=r"^outer.inner is missing; a mapping of keys is needed\.$"):
         build(Outer, {}, "outer")
 
 
@@ -151,6 +156,12 @@ def test_a_missing_key_is_told() -> None:
     ("overrides", "sentence"),
     [
         pytest.param(["model=none"], "model is 'none'", id="no such model"),
+        pytest.param(["model=null"], "model is None.* there is: backbone", id="null for a model"),
+        pytest.param(["optimizer=3"], "optimizer is 3.* there is: adamw, muon", id="a number for an optimizer"),
+        pytest.param(["schedule=[]"], "schedule is .* there is: cosine", id="no name for a schedule"),
+        pytest.param(["experiment=[smoke,smok]"], "did you mean 'smoke'", id="one misspelt of two"),
+        pytest.param(["--foo"], "'--foo'; write it as key=value", id="an option that there is not"),
+        pytest.param(["~run"], "run is missing; a mapping of keys is needed", id="a section of texts deleted"),
         pytest.param(["residual.x=3"], "model.residual.x is not a key", id="a key that the residual has not"),
         pytest.param(["+extra.key=1"], "extra is not a key that anything reads", id="a section that nobody reads"),
         pytest.param(["a=b=c"], "cannot be read|cannot be composed", id="two equals signs"),
@@ -162,7 +173,7 @@ def test_a_missing_key_is_told() -> None:
         pytest.param(
             ["model.layers=[{of: [{attention: {scheme: gqaa}, feedforward: ${moe}}]}]"], "gqa", id="no such scheme"
         ),
-        pytest.param(["optimizer.name=sgd"], "sgd", id="no such optimizer"),
+        pytest.param(["optimizer.name=sgd"], "name is 'sgd'.* there is: adamw, muon", id="no such optimizer"),
         pytest.param(["data.train.source=corpse"], "corpse", id="no such source"),
         pytest.param(["engine=titan"], "engine is 'titan'", id="no such engine"),
         pytest.param(["hydra.run.dir=x"], "hydra", id="Hydra's own settings"),
@@ -198,6 +209,24 @@ def test_compositions_that_are_refused(overrides: list[str], sentence: str) -> N
 def test_an_impossible_number_is_refused_by_its_key(overrides: list[str], key: str) -> None:
     with pytest.raises(Refused, match=rf"{key} .*(finite number is needed|must be at least 0)\.$"):
         read(compose(overrides))
+
+
+@pytest.mark.parametrize(
+    "read_it",
+    [
+        pytest.param(lambda: compose(["attention=odd"]), id="by a run"),
+        pytest.param(lambda: catalog.section("backbone_tiny", {"attention": "odd"}), id="by what weighs models"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(
+    read_it: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(composing.ROOT, tmp_path / "conf")
+    (tmp_path / "conf/attention/odd.yaml").write_text("x: 1\ny: [2\nz: 3\n")
+    monkeypatch.setattr(composing, "ROOT", tmp_path / "conf")
+    monkeypatch.setattr(catalog, "CONF", tmp_path / "conf")
+    with pytest.raises(Refused, match=r"/attention/odd\.yaml cannot be read \(line 3: [^\n]+\); it must be YAML\.$"):
+        read_it()
 
 
 def test_the_tiny_run_of_the_tests_is_read_whole() -> None:

@@ -104,7 +104,7 @@ def test_a_small_source_says_that_it_has_no_more_to_merge(tmp_path: Path) -> Non
 
 def test_nothing_to_train_on_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ")
-    with pytest.raises(Refused, match="holds no document in a sample"):
+    with pytest.raises(Refused, match="name a source that holds text"):
         train_tokenizer(TrainTokenizer(str(tmp_path / "a.txt"), str(tmp_path / "bpe.json")))
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     with pytest.raises(ValueError, match="take 257"):

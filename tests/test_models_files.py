@@ -189,8 +189,8 @@ def _text(folder: Path) -> Path:
         pytest.param(_array(ids=np.ones((1, 2))), "holds float64", id="not whole numbers"),
         pytest.param(_array(ids=np.ones(3, np.int64)), "shape [3]", id="one dim"),
         pytest.param(_array(ids=np.ones((0, 3), np.int64)), "shape [0, 3]", id="empty"),
-        pytest.param(_array(ids=np.array([[{}]])), "no .npy file", id="pickled"),
-        pytest.param(_text, "no .npy file", id="a text"),
+        pytest.param(_array(ids=np.array([[{}]])), "is no whole .npy file; --tokens names one", id="pickled"),
+        pytest.param(_text, "is no whole .npy file; --tokens names one", id="a text"),
         pytest.param(lambda folder: folder / "absent.npy", "is missing", id="missing"),
     ],
 )
@@ -254,6 +254,8 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
     step = copy / "checkpoints" / "step_00000010"
     (step / "rank_0.bin").write_bytes(b"")
     refused(["generate", "--model", step, "--prompt", "a"], "rank_0.bin has 0 bytes instead of", capsys)
+    (step / "manifest.json").unlink()
+    refused(["generate", "--model", step, "--prompt", "a"], "is not whole (manifest.json is missing)", capsys)
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("heads: 4", "heads: 2"))
     refused(["generate", "--model", copy, "--prompt", "a"], "not whole", capsys)

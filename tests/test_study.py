@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -260,6 +261,12 @@ def test_results_tuned_otherwise_are_refused(tuned: Results, tmp_path: Path) -> 
     other = Results(replace(tuned.study, tuning=None), [], tuned.arms)
     with pytest.raises(Refused, match="tuned otherwise"):
         results.go_on(tmp_path, other)
+
+
+@pytest.mark.parametrize("number", ["[1", "many"])
+def test_a_number_of_workers_that_is_none_is_refused(number: str) -> None:
+    with pytest.raises(Refused, match=rf"workers is '{re.escape(number)}'"):
+        command.main(["out=nowhere", f"workers={number}"])
 
 
 def test_a_tuned_setting_that_nothing_reads_is_refused_before_any_run(toy: Path) -> None:

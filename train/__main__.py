@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from conf.compose import choices, compose, groups
-from conf.schema import Refused
+from conf.schema import Refused, fault
 from train import config as run_config
 
 FAILED, REFUSED, KEYBOARD = 1, 2, 130
@@ -20,7 +20,8 @@ FAILED, REFUSED, KEYBOARD = 1, 2, 130
 USAGE = """usage: python -m train [group=choice] [key=value] ...
 
 One run, resumed by the same command. Keys follow Hydra's grammar: train.steps=500, attention=mla, run.dir=runs/mine.
-`python -m train --show [overrides]` prints the resolved configuration and stops.
+`python -m train --show [overrides]` lists every key with its value and stops. Of a scheme, a data source or an
+optimizer it lists the keys that are set; all of them stand in its file, at `Config`: models/attention/mla.py.
 `python -m train --config FILE` runs a resolved configuration, such as the config.yaml of a run, as it is.
 """
 
@@ -57,8 +58,7 @@ def _values(arguments: list[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or "it is no YAML"
-        raise Refused(f"--config {file} cannot be read ({reason}); name a resolved configuration.") from None
+        raise Refused(f"--config {file} cannot be read ({fault(error)}); name a resolved configuration.") from None
     if not isinstance(values, dict):
         raise Refused(f"--config {file} holds no configuration; name a resolved one, such as a run's config.yaml.")
     return values

@@ -93,8 +93,16 @@ def _options(given: list[str]) -> tuple[Options, tuple[str, ...]]:
         elif key in values:
             raise Refused(f"{key}= is given twice; give it once.")
         else:
-            values[key] = yaml.safe_load(text) if key in ("workers", "seeds", "minutes") else text
+            values[key] = _number(key, text) if key in ("workers", "seeds", "minutes") else text
     return build(Options, values, ""), tuple(common)
+
+
+def _number(key: str, text: str) -> object:
+    """As YAML reads it; what is none is refused with the other options."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise Refused(f"{key} is '{text}', which cannot be read as a value.") from None
 
 
 def _study(options: Options) -> config.Study:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conf.schema import Refused
+from conf.schema import Refused, fault
 from models import decode
 from models.commands.device import loaded
 from models.model import Model
@@ -51,8 +51,10 @@ def read_ids(path: Path) -> np.ndarray[Any, Any]:
         ids = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise Refused(f"{path} is missing; --tokens names a .npy file of int64 ids [B, S].") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise Refused(f"{path} is no .npy file that can be read ({str(error).splitlines()[0]}).") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({fault(error)}); --tokens names a .npy file.") from None
+    except (ValueError, EOFError):  # in words about pickles
+        raise Refused(f"{path} is no whole .npy file; --tokens names one, as numpy.save writes int64 ids.") from None
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         kind = ids.dtype if isinstance(ids, np.ndarray) else "several arrays"
         raise Refused(f"{path} holds {kind}, but int64 ids [B, S] are needed.")

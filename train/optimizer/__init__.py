@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from conf.schema import Refused, build, unknown_key
+from conf.schema import Refused, build, unknown_choice
 from models.parameter import Parametrization
 
 from .clip import clip_gradients
@@ -42,7 +42,7 @@ def read(values: Mapping[str, Any], where: str = "optimizer") -> Config:
         if hasattr(importlib.import_module(f"{__name__}.{module.name}"), "Config")
     ]
     if name not in known:
-        raise Refused(unknown_key(f"{where}.name={name}", str(name), known))
+        raise Refused(unknown_choice(f"{where}.name", name, known))
     module = importlib.import_module(f"{__name__}.{name}")
     numbers = {key: value for key, value in values.items() if key != "name"}
     return cast(Config, build(module.Config, numbers, where))
