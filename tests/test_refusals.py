@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from conf.compose import compose
+from conf.schema import Refused
 from tests import runs
 from tests.runs import TINY
+from train import rundir
+from train.config import read
 
 ROOT = Path(__file__).parents[1]
 HEAD = 12  # bytes at the front of a file that a truncation leaves
@@ -122,6 +126,25 @@ CONFIGURATIONS = [
 def test_refused(place: Path, arguments: list[str], sentence: str) -> None:
     folder = [] if any(argument.startswith("run.dir") for argument in arguments) else ["run.dir=new/run"]
     assert re.search(sentence, refusal(place, *folder, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        pytest.param(["attention=mla"], "attention.scheme=gqa, and now it is mla", id="a scheme with other keys"),
+        pytest.param(["data=recall"], "data.train.source=corpus, and now it is recall", id="a source with other keys"),
+        pytest.param([*TINY, "attention.window=4"], "no .*attention.window, and now it is 4", id="one key more"),
+        pytest.param([*TINY, "~attention.qk_norm"], "attention.qk_norm=True, and now there is none", id="one key less"),
+        pytest.param(
+            [*TINY, "train.phases=[{start: 2, learning_rate: 0.1}]"],
+            r"no train.phases\[0\].* and now",
+            id="a phase gone by",
+        ),
+    ],
+)
+def test_what_decides_the_other_keys_is_told_first(place: Path, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(Refused, match=f"holds a run with .*{sentence}"):
+        rundir.refuse_changes(place / "done", read(compose([*arguments, "train.steps=16", "run.dir=done"])))
 
 
 def flip(path: Path, at: int = 100) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from conf.schema import Refused
+from conf.schema import Refused, fault
 from train.config import Config
 from train.ranks import Ranks
 
@@ -40,6 +40,9 @@ MAY_CHANGE = ("run", "checkpoint", "evaluate", "log", "parallel", "engine", "tra
 WHERE_DATA_LIES = re.compile(r"data\.train\.(.+\.)?path")
 """What may differ when a run is resumed: how it is run and for how long, not what it computes. Whether the data is the
 same, wherever it lies, its fingerprint tells."""
+
+KIND = re.compile(r".+\.(scheme|source)|optimizer\.name")
+"""Settings that decide which others there are: where one differs, it is what a person has changed."""
 
 LOCK = ".lock"
 
@@ -108,12 +111,19 @@ def refuse_changes(directory: Path, config: Config) -> None:
     if config.train.steps < reached:
         raise Refused(f"{directory} is at step {reached} already; train.steps ({config.train.steps}) cannot be less.")
     old, new = (dict(_flat(_so_far(values, reached))) for values in (_read_yaml(file), asdict(config)))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE) and not WHERE_DATA_LIES.fullmatch(key):
-            raise Refused(
-                f"{directory} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}; "
-                "take the old value back, or choose another run.dir (train.init= starts from this run's weights)."
-            )
+    differing = [
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE) and not WHERE_DATA_LIES.fullmatch(key)
+    ]
+    if differing:
+        key = min(differing, key=lambda key: (KIND.fullmatch(key) is None, key not in old or key not in new, key))
+        before = f"{key}={old[key]}" if key in old else f"no {key}"
+        now = f"it is {new[key]}" if key in new else "there is none"
+        raise Refused(
+            f"{directory} holds a run with {before}, and now {now}; "
+            "take the old value back, or choose another run.dir (train.init= starts from this run's weights)."
+        )
 
 
 def _reached(directory: Path) -> int:
@@ -241,8 +251,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        reason = type(error).__name__
-        raise Refused(f"{file} cannot be read ({reason}); repair it, or choose another run.dir.") from None
+        raise Refused(f"{file} cannot be read ({fault(error)}); repair it, or choose another run.dir.") from None
     if not isinstance(values, dict):
         raise Refused(f"{file} holds no configuration; repair it, or choose another run.dir.")
     return values
