@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
         print("interrupted; the same command goes on.", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"failed: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"failed: {where}{error.strerror or error}.", file=sys.stderr)
         return FAILED
 
 

@@ -106,7 +106,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 1
     except (OSError, MemoryError) as error:
-        print(f"{type(error).__name__}: {error}; nothing unfinished was left behind.", file=sys.stderr)
+        why = str(error) or "no memory is left"
+        print(f"failed: {why}; nothing unfinished was left behind.", file=sys.stderr)
         return 1
     return 0
 
