@@ -21,7 +21,7 @@ from launch.slurm import environment
 from launch.slurm.cluster import Cluster, Submission, seconds
 from launch.slurm.scheduler import Queued
 from launch.slurm.script import TEMPLATE, Job, render
-from launch.slurm.status import status
+from launch.slurm.status import main, status
 from tests import runs
 from tests.runs import TINY
 
@@ -206,6 +206,29 @@ def test_status_while_slurm_is_silent_buries_no_job_that_may_live(tmp_path: Path
             f"job 4, attempt {attempt}, {end}\n" if end else "a\n"
         )
     assert status(tmp_path, None).word == word
+
+
+@pytest.mark.parametrize(
+    ("files", "listed"),
+    [
+        pytest.param(["a/config.yaml", "job/config.yaml"], ["a", "job"], id="a run that is named job"),
+        pytest.param(
+            ["a/config.yaml", "job/job/config.yaml", "job/job/train.sbatch"], ["a", "job"], id="the same, submitted"
+        ),
+        pytest.param(["a/config.yaml", "text/train.bin", "b/notes"], ["a"], id="other folders"),
+        pytest.param(["config.yaml", "job/config.yaml", "job/train.sbatch"], ["."], id="a run itself"),
+        pytest.param(["job/config.yaml", "job/train.sbatch"], ["."], id="a run itself, which has not begun"),
+    ],
+)
+def test_status_tells_runs_from_folders_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: list[str], listed: list[str]
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("/")] == [str(tmp_path / name) for name in listed]
 
 
 def test_status_finds_a_job_whose_run_was_named_by_a_link(tmp_path: Path) -> None:

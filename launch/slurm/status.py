@@ -73,7 +73,8 @@ def _runs(named: list[Path], queue: list[Queued]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() or (folder / "job" / "config.yaml").is_file()
+    """Started, or submitted; a folder of runs may hold one that is named job."""
+    return (folder / "config.yaml").is_file() or Job(folder, folder).script.is_file()
 
 
 def status(run: Path, queue: list[Queued] | None) -> Status:
