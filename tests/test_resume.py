@@ -201,6 +201,7 @@ def test_asked_to_stop_in_the_middle_of_a_validation(tmp_path: Path) -> None:
     run = tmp_path / "run"
     sizes = ["train.sequence_length=64", "train.batch_tokens=512", "train.micro_batch=8", "train.steps=4"]
     arguments = ["experiment=recall", *sizes, "evaluate.every=2", "run.dir=run", "run.threads=1", "run.device=cpu"]
+    (run / "stop").mkdir(parents=True)  # asks for nothing, and is in nobody's way
     job = runs.start(tmp_path, [*arguments, "evaluate.samples=1000000"], 2)
     assert runs.wait_until(lambda: steps_made(run) == 2, job)
     job.signal(signal.SIGTERM, rank=1)

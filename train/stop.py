@@ -31,7 +31,7 @@ class StopRequest:
     """Whether this rank was asked. Signals only set a flag: the step in hand is finished, then all save.
 
     file: where rank 0 looks for a request; None on the others. It is removed once it is obeyed, so that the next start
-    of the run goes on.
+    of the run goes on. A directory of that name asks for nothing, and stays.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -42,13 +42,13 @@ class StopRequest:
 
     def asked(self) -> bool:
         """On this rank."""
-        if self.reason is None and self.file is not None and self.file.exists():
+        if self.reason is None and self._is_filed():
             self.reason = f"the file {self.file}"
         return self.reason is not None
 
     def obey(self) -> str:
         """Some rank was asked, and all know it. Returns who asked."""
-        if self.file is not None:
+        if self.file is not None and self._is_filed():
             self.file.unlink(missing_ok=True)
         return self.reason or "another rank"
 
@@ -60,6 +60,9 @@ class StopRequest:
         """
         for number in ASKING:
             signal.signal(number, signal.SIG_IGN)
+
+    def _is_filed(self) -> bool:
+        return self.file is not None and self.file.is_file()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
