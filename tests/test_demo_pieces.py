@@ -14,7 +14,7 @@ from conf.schema import Refused
 from launch.demo.arm import Arm, Interruption
 from launch.demo.command import ARMS, KILLED
 from launch.demo.processes import Launched, tree, typed
-from launch.demo.story import LEARNT, failures
+from launch.demo.story import LEARNT, failures, took
 from launch.report.compare import Arm as Compared
 from launch.report.compare import Comparison, Spread, flat
 
@@ -124,6 +124,20 @@ def test_an_interruption_is_remembered(tmp_path: Path) -> None:
     interruption = Interruption(7, {6: 0.1 + 0.2, 7: 1e-9})
     interruption.save(file)
     assert Interruption.load(file) == interruption
+
+
+@pytest.mark.parametrize(
+    ("here", "sentence"),
+    [
+        pytest.param([], "It took 10 s.", id="nothing"),
+        pytest.param(["the text"], "It took 10 s, because the text was there already.", id="text"),
+        pytest.param(
+            ["the text", "gqa", "mla"], "It took 10 s, because the text, gqa and mla were there already.", id="arms"
+        ),
+    ],
+)
+def test_what_was_there_before_is_why_it_took_so_little(here: list[str], sentence: str) -> None:
+    assert took(9.6, here) == sentence
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,10 @@ class Progress:
     owes_validation: bool = False
     data: dict[str, Any] | None = None
 
+    def is_over(self, steps: int) -> bool:
+        """Whether a run of so many steps has nothing left to do."""
+        return self.step == steps and not self.owes_validation
+
 
 @dataclass
 class Run:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,7 @@ def run(config: Config, ranks: Ranks) -> int:
             ranks.on_first(lambda: rundir.refuse_changes(directory, config))
             rundir.start_log(directory, ranks)
             prepared = _prepare(config, ranks, sources, stop, held)
+            over = prepared.progress.is_over(config.train.steps)
             try:
                 asked = train(prepared)
             except Diverged:  # on every rank alike; the checkpoint still being written is of a step before it
@@ -64,6 +66,8 @@ def run(config: Config, ranks: Ranks) -> int:
                 raise
             prepared.checkpoints.close()
             code, reason = (DONE, "done") if asked is None else (INTERRUPTED, f"asked to stop by {asked}")
+            if asked is None:
+                _take_leave(directory, config.train.steps, over=over)
         except Refused as refusal:
             # an exit code of 2 does not survive torchrun, and the file there tells of an earlier start
             if ranks.first and "TORCHELASTIC_RUN_ID" in os.environ and (directory / "config.yaml").exists():
@@ -203,6 +207,15 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
         engine.load_weights(weights.state["model"])
         log.info("started from the weights of %s", weights.path)
     return Progress()
+
+
+def _take_leave(directory: Path, steps: int, *, over: bool) -> None:
+    """over: this start found nothing to do."""
+    if over:
+        log.info("%s was finished before, at step %d; a larger train.steps goes on from there", directory, steps)
+    else:
+        report = shlex.join(["python", "-m", "launch", "report", str(directory), "--out", "runs/report"])
+        log.info("done at step %d: %s; `%s` shows it", steps, directory, report)
 
 
 def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:

@@ -72,11 +72,14 @@ class Arm:
         """What there is of the run; None before it has begun."""
         return read(self.directory) if (self.directory / "config.yaml").exists() else None
 
+    def is_finished(self) -> bool:
+        record = self.record()
+        return record is not None and record.finished and bool(record.validations) and not record.running
+
     def train(self) -> None:
         """To its end, from wherever it stands. Raises ArmFailed."""
-        record = self.record()
-        if record is not None and record.finished and record.validations and not record.running:
-            print(f"{self.name}: finished before, at step {record.last_step}")
+        if self.is_finished():
+            print(f"{self.name}: finished before")
             return
         with self._start() as launched:
             while (code := launched.wait(1.0)) is None:

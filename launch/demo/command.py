@@ -13,7 +13,7 @@ import torch
 from data import manifest
 from launch.arguments import Parser
 from launch.demo.arm import RANKS, Arm, ArmFailed, Interruption
-from launch.demo.story import failures, tell
+from launch.demo.story import failures, tell, took
 from launch.report import command as report
 
 ARMS = ("gqa", "mla", "hca")
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     arms = [Arm(name, options.dir / name, overrides) for name in ARMS]
     configs = {arm.name: arm.config() for arm in arms}
     corpus = Path(configs[KILLED].data.train.get("path", ""))
+    here = ["the text"] if (corpus / manifest.NAME).exists() else []
+    here += [arm.name for arm in arms if arm.is_finished()]
     code = _prepare(corpus)
     if code:
         return code
@@ -56,7 +58,7 @@ def main(arguments: list[str]) -> int:
     out = options.dir / "report"
     comparison = report.write([arm.directory for arm in arms], out)
     killed = next(arm for arm in arms if arm.name == KILLED)
-    print(tell(comparison, killed, Interruption.load(file), out, time.monotonic() - began))
+    print(tell(comparison, killed, Interruption.load(file), out, took(time.monotonic() - began, here)))
     wrong = failures(comparison)
     for sentence in wrong:
         print(f"failed: {sentence}", file=sys.stderr)

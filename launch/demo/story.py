@@ -26,8 +26,8 @@ def failures(comparison: Comparison) -> list[str]:
     ]
 
 
-def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None, out: Path, seconds: float) -> str:
-    """The last lines, for someone who sees this for the first time."""
+def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None, out: Path, time: str) -> str:
+    """The last lines, for someone who sees this for the first time. time: how long it took, in a sentence."""
     names = ", ".join(arm.name for arm in comparison.arms)
     tokens = comparison.arms[0].records[0].tokens
     ratios = ", ".join(f"{a.name} {spread(a.quantities['entropy_ratio'], 'ratio')}" for a in comparison.arms)
@@ -45,7 +45,7 @@ def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None,
         f"  {tokens:,} tokens in the same order.",
         *(f"  {line}" for line in _of_the_kill(killed, interruption)),
         f"  Held-out loss ÷ unigram entropy: {ratios}; at most {LEARNT} counts as learnt.",
-        f"  It took {seconds:.0f} s.",
+        f"  {time}",
         "",
         "What to type next",
         f"  train with a smaller latent:  {_typed(change)}",
@@ -57,6 +57,15 @@ def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None,
         f"  {out / PAGE}; beside it report.md, report.json and the plots",
     ]
     return "\n".join(lines)
+
+
+def took(seconds: float, here: list[str]) -> str:
+    """here: what had been made before."""
+    if not here:
+        return f"It took {seconds:.0f} s."
+    *others, last = here
+    parts = f"{', '.join(others)} and {last} were" if others else f"{last} was"
+    return f"It took {seconds:.0f} s, because {parts} there already."
 
 
 def _of_the_kill(arm: Arm, interruption: Interruption | None) -> list[str]:
