@@ -387,6 +387,7 @@ def test_smoothing_is_a_mean_over_neighbours(length: int) -> None:
         ),
         pytest.param(["report", "{runs}/mla", "{runs}/../{name}/mla/", "--out", "{out}"], "named twice", id="twice"),
         pytest.param(["report", "{runs}/mla", "--out", "{runs}/mla/log.txt"], "cannot be made", id="out-is-a-file"),
+        pytest.param(["report", "{runs}/mla", "--out", "{runs}/hca"], "is the directory of a run", id="out-is-a-run"),
         pytest.param(["report", "{runs}/mla"], "--out", id="no-out"),
         pytest.param(["report", "--out", "{out}"], "RUN", id="no-runs"),
         pytest.param(["reprot"], "did you mean 'report'", id="command"),

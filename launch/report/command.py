@@ -33,9 +33,11 @@ def main(arguments: list[str]) -> int:
 def write(runs: list[Path], out: Path) -> Comparison:
     """Compare `runs` and write report.md, report.json, the plots and index.html to `out`, over what is there.
 
-    Raises Refused where a directory is no run or `out` cannot be written.
+    Raises Refused where a directory is no run, or `out` is one or cannot be written.
     """
     comparison = compare(runs)
+    if (out / "config.yaml").exists():
+        raise Refused(f"--out {out} is the directory of a run, which a report only reads; choose another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
