@@ -185,6 +185,8 @@ def test_a_document_says_noise_as_noise_and_names_what_failed() -> None:
     text = document(known)
     assert "(within noise)" in text and "(beyond 95 %)" in text and "far, seed 3: failed: it burst." in text
     assert "1.00×" not in text and "| other | 0.5× |" in text
+    assert "3 seeds each" in text
+    assert "1 seed each" in document(replace(known, study=replace(known.study, seeds=1)))
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -199,11 +201,16 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_plots_are_made_of_what_there_is() -> None:
-    from launch.study.plots import draw
+    from matplotlib.figure import Figure
+
+    from launch.report.plots.canvas import LIGHT
+    from launch.study.plots import draw, two_by_two
 
     known = made_up({"neither": [4.0, 5.0], "first": [3.0, 4.0], "second": [3.5, 4.5], "both": [3.0, 3.5]})
     assert [picture.plot.file for picture in draw(known)] == [
         "quality.png", "recall.png", "ratios.png", "interaction.png"]  # fmt: skip
+    known.runs = [run for run in known.runs if run.arm != "both"]
+    assert two_by_two(known, Figure(), LIGHT) is None, "one corner of the 2×2 is open"
     known.runs = []
     assert draw(known) == []
 

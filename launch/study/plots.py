@@ -102,14 +102,17 @@ def over_ratios(results: Results, figure: Figure, ink: Ink) -> str | None:
 def two_by_two(results: Results, figure: Figure, ink: Ink) -> str | None:
     """A panel a measure: without and with the second change, a line for without and with the first. Parallel lines are
     no interaction."""
-    kinds = _measured(results)
-    squares = results.study.interactions[:1]
-    if not kinds or not squares:
+    if not results.study.interactions:
+        return None
+    square = results.study.interactions[0]
+    pairs = ((square.neither, square.second), (square.first, square.both))
+    arms = [name for pair in pairs for name in pair]
+    kinds = [m for m in measures(results) if all(_of(results, name, m[2]) is not None for name in arms)]
+    if not kinds:
         return None
     words = []
-    cells = [(square, measure) for square in squares for measure in kinds]
-    for axes, (square, measure) in zip(_panels(figure, [m for _, m in cells], ""), cells, strict=True):
-        for index, pair in enumerate(((square.neither, square.second), (square.first, square.both))):
+    for axes, measure in zip(_panels(figure, kinds, ""), kinds, strict=True):
+        for index, pair in enumerate(pairs):
             known = [
                 (float(x), found) for x, n in enumerate(pair) if (found := _of(results, n, measure[2])) is not None
             ]
@@ -117,9 +120,7 @@ def two_by_two(results: Results, figure: Figure, ink: Ink) -> str | None:
             words += [f"{measure[0]}, {n}: {spread(_of(results, n, measure[2]), measure[1])}" for n in pair]
         axes.set_xticks([0, 1], [f"without what {square.second} has", "with it"], fontsize=SMALL)
         axes.set_xlim(-0.3, 1.3)
-    first = squares[0]
-    ways = (f"{first.neither} → {first.second}", f"{first.first} → {first.both}")
-    legend(figure, [(way, _colour(ink, index), DASHES[0]) for index, way in enumerate(ways)])
+    legend(figure, [(" → ".join(pair), _colour(ink, index), DASHES[0]) for index, pair in enumerate(pairs)])
     return "; ".join(words) + "."
 
 

@@ -31,8 +31,9 @@ def notes(results: Results) -> Iterator[str]:
     runs, study = results.runs, results.study
     wanted = len(results.arms) * study.seeds
     tokens = {run.tokens for run in runs}
+    seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
     yield (
-        f"{len(runs)} of {wanted} runs: {len(results.arms)} arms, {study.seeds} seeds each; by seed every arm has the "
+        f"{len(runs)} of {wanted} runs: {len(results.arms)} arms, {seeds} each; by seed every arm has the "
         f"same data in the same order; {' or '.join(f'{n:,}' for n in sorted(tokens)) or 'no'} tokens each."
     )
     if runs:
