@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from launch.report.command import write
 from launch.report.compare import compare
 from launch.report.content import Content, content
 from launch.report.heldout import held_out
 from launch.report.plots import curves
-from launch.report.plots.canvas import draw, spaced
+from launch.report.plots.canvas import HEIGHT, LIGHT, WIDTH, draw, level, name_level, spaced
 from launch.report.plots.load import layer_map, names_of_rows
 from launch.report.plots.menu import PLOTS
 from launch.report.record import Record, read
@@ -130,6 +132,8 @@ def test_alternative_texts_say_what_is_seen(made: Content) -> None:
     ahead = [line["mtp_loss"][0] for line in made.comparison.arms[1].records[0].steps]
     gqa, mha = words["loss.png"].split("; mha: ")
     assert f"mtp 1 {ahead[-1]:.3f}" in mha and "mtp" not in gqa
+    trained = made.comparison.arms[1].quantities["train_loss"]
+    assert trained is not None and mha.startswith(f"training {trained.mean:.3f} after "), "as the table says it"
 
 
 def test_sources_are_grouped_over_seeds(made: Content) -> None:
@@ -230,6 +234,37 @@ def test_an_arm_without_a_validation_does_not_change_what_the_others_are_judged_
     quality = next(plot for plot in PLOTS if plot.file == "quality.png")
     picture = draw(quality, compare([plain / "gqa_0", run]))
     assert picture is not None and "Held-out bits per byte: gqa_0" in picture.alt
+
+
+@pytest.mark.parametrize("file", ["by_length.png", "by_depth.png", "by_pairs.png", "by_hops.png", "sources.png"])
+def test_a_legend_names_the_arms_that_are_drawn(folder: Path, tmp_path: Path, file: str) -> None:
+    """And no arm that was never asked."""
+    begun = Path(shutil.copytree(folder / "gqa_0", tmp_path / "begun"))
+    (begun / "metrics.jsonl").unlink()
+    figure = Figure()
+    plot = next(plot for plot in PLOTS if plot.file == file)
+    assert plot.paint(compare([begun, folder / "mha"]), figure, LIGHT) is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mha"]
+
+
+@pytest.mark.parametrize(
+    ("dots", "place"),
+    [
+        pytest.param([], (0.99, "bottom"), id="nothing"),
+        pytest.param([(9, 5.3)], (0.99, "top"), id="a dot above the right end"),
+        pytest.param([(9, 5.3), (9, 4.7)], (0.5, "bottom"), id="dots at the right end"),
+        pytest.param([(9, 5.3), (9, 4.7), (5, 5.3), (5, 4.7)], (0.01, "bottom"), id="room at the left alone"),
+    ],
+)
+def test_words_on_a_level_cover_no_dot_where_there_is_room(
+    dots: list[tuple[float, float]], place: tuple[float, str]
+) -> None:
+    axes = Figure(figsize=(WIDTH, HEIGHT)).add_subplot(xlim=(0, 10), ylim=(0, 10))
+    axes.plot([x for x, _ in dots], [y for _, y in dots], "o")
+    level(axes, LIGHT, 5.0)
+    name_level(axes, LIGHT, 5.0, "unigram entropy")
+    (words,) = axes.texts
+    assert isinstance(words, Annotation) and (words.xy[0], words.get_verticalalignment()) == place
 
 
 @pytest.mark.parametrize(

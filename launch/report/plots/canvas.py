@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -17,7 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
 from launch.report.compare import Arm, Comparison
 from launch.report.show import compact
@@ -135,7 +138,7 @@ def panels(figure: Figure, titles: Sequence[str], x: str, y: str) -> list[Axes]:
     made = []
     for index, title in enumerate(titles):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_title(textwrap.fill(title, MOST_LETTERS if columns > 1 else 2 * MOST_LETTERS), loc="left", fontsize=9)
         axes.tick_params(labelsize=SMALL)
         if index + columns >= len(titles):  # nothing is below it
             axes.set_xlabel(x, fontsize=9)
@@ -210,13 +213,40 @@ def spaced(heights: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def level(axes: Axes, ink: Ink, height: float, words: str) -> None:
-    """A dashed line across the axes at a height that means something, and what."""
+def level(axes: Axes, ink: Ink, height: float) -> None:
+    """A dashed line across the axes at a height that means something; `name_level` says what."""
     axes.axhline(height, color=ink.muted, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        words, (0.99, height), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-        ha="right", color=ink.muted, fontsize=SMALL,
-    )  # fmt: skip
+
+
+def name_level(axes: Axes, ink: Ink, height: float, words: str) -> None:
+    """Above or below the line, where the words lie on the least of what is drawn.
+
+    Call it when the axes' limits stand and all is drawn.
+    """
+    drawn, margin = np.concatenate([_drawn(line) for line in axes.lines]), 2.5 * axes.figure.dpi / 72
+    texts = [
+        axes.annotate(
+            words, (x, height), xycoords=("axes fraction", "data"), xytext=(0, up), textcoords="offset points",
+            ha=horizontal, va=vertical, color=ink.muted, fontsize=SMALL,
+        )
+        for x, horizontal in ((0.99, "right"), (0.5, "center"), (0.01, "left"))
+        for up, vertical in ((3, "bottom"), (-3, "top"))
+    ]  # fmt: skip
+
+    def covered(text: Annotation) -> tuple[bool, int]:
+        box = text.get_window_extent()
+        return not axes.bbox.y0 <= box.y0 < box.y1 <= axes.bbox.y1, box.padded(margin).count_contains(drawn)
+
+    best = min(texts, key=covered)
+    for text in texts:
+        if text is not best:
+            text.remove()
+
+
+def _drawn(line: Line2D) -> NDArray[np.float64]:
+    """Pixels [points, 2] along a line, or of its dots alone where nothing joins them."""
+    path = line.get_path().transformed(line.get_transform())
+    return np.asarray((path if line.get_linestyle() == "None" else path.interpolated(20)).vertices)
 
 
 def tokens_below(axes: Axes) -> None:

@@ -23,6 +23,7 @@ def by_source(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
     if len(names) < 2:
         return None
     words = []
+    drawn: set[str] = set()
     grid = panels(figure, names, "training tokens", "held-out loss (nats per token)")
     for axes, name in zip(grid, names, strict=True):
         ends = _losses_of(name, axes, comparison, ink)
@@ -30,7 +31,8 @@ def by_source(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         words.append(f"{name}: " + ", ".join(f"{arm} {loss:.3f}" for arm, loss in ends))
-    legend(figure, [(arm.name, colour, dash) for arm, colour, dash in styled(comparison, ink)])
+        drawn |= {arm for arm, _ in ends}
+    legend(figure, [(arm.name, colour, dash) for arm, colour, dash in styled(comparison, ink) if arm.name in drawn])
     return "At the end: " + "; ".join(words) + "."
 
 

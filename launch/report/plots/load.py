@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from launch.report.compare import Arm, Comparison
-from launch.report.plots.canvas import WIDTH, Ink, Named, level, name_lines, short, styled, tokens_below
+from launch.report.plots.canvas import WIDTH, Ink, Named, level, name_level, name_lines, short, styled, tokens_below
 from launch.report.plots.curves import over_seeds, smoothed, tokens
 from launch.report.quantities import load_balance
 from launch.report.record import Record
@@ -31,11 +31,12 @@ def mean_over_layers(comparison: Comparison, figure: Figure, ink: Ink) -> str | 
         ends.append(Named(arm.name, colour, dash, float(curve.x[-1]), float(curve.mean[-1])))
     if not ends:
         return None
-    level(axes, ink, 1.0, "even")
+    level(axes, ink, 1.0)
     tokens_below(axes)
     axes.set_ylim(bottom=0.9)
     axes.set_ylabel("busiest expert ÷ mean load")
     name_lines(figure, axes, ink, ends)
+    name_level(axes, ink, 1.0, "even")
     return "At the end: " + ", ".join(f"{end.name} {end.y:.2f}" for end in ends) + "; 1 is even."
 
 

@@ -6,13 +6,17 @@ from launch.report.plots import cache, heldout, load, training
 from launch.report.plots.canvas import Plot
 from launch.report.plots.tasks import Against
 
-GUESS = "Averaged over the other lengths and depths. Hollow: the null, whose answers cannot be known. Dashed: a guess."
+GUESS = (
+    "Averaged over the other lengths and depths. Hollow: the null, whose answers cannot be known. Dashed: a guess. "
+    "niah: needles in a haystack."
+)
 
 # fmt: off
 PLOTS = (
     Plot("loss.png", "Loss over training", "Lines: training, smoothed. Dots: held-out. Thin lines: the tokens "
          "further ahead, of multi-token prediction (mtp 1 is one further than the next). Bands: from the least to the "
-         "most of the seeds.", "a step", training.loss_over_tokens),
+         "most of the seeds. Dashed: unigram entropy, the held-out loss of knowing only how frequent each token "
+         "is.", "a step", training.loss_over_tokens),
     Plot("loss_time.png", "Loss over time", "The same against the time of all steps and saves; start-up and "
          "validation are not in it.", "a step, and all runs one kind of machine, ranks and threads",
          training.loss_over_time),

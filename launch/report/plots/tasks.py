@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from launch.report.compare import Comparison
 from launch.report.heldout import HeldOut, tasks
-from launch.report.plots.canvas import SMALL, Ink, legend, panels, styled
+from launch.report.plots.canvas import Ink, legend, level, name_level, panels, styled
 from launch.report.plots.curves import Curve, curve
 
 AVERAGED = ("length", "depth")
@@ -45,7 +45,7 @@ class Against:
         asked: dict[str, list[tuple[int, HeldOut]]] = defaultdict(list)
         for index, arm in enumerate(comparison.arms):
             for source in tasks(arm):
-                if self.of(source) is not None:
+                if self.of(source) is not None and source.accuracy is not None:
                     asked[self.panel(source)].append((index, source))
         asked = {name: found for name, found in asked.items() if len({self.of(source) for _, source in found}) > 1}
         if not asked:
@@ -54,7 +54,9 @@ class Against:
         grid = panels(figure, list(asked), self.label, "answers right")
         for axes, (name, found) in zip(grid, asked.items(), strict=True):
             words.append(f"{name}: " + "; ".join(self._panel(axes, found, comparison, ink)))
-        legend(figure, [(arm.name, colour, dash) for arm, colour, dash in styled(comparison, ink)])
+        owners = {index for found in asked.values() for index, _ in found}
+        lines = [(arm.name, colour, dash) for arm, colour, dash in styled(comparison, ink)]
+        legend(figure, [line for index, line in enumerate(lines) if index in owners])
         return ". ".join(words) + "."
 
     def _panel(self, axes: Axes, found: Sequence[tuple[int, HeldOut]], comparison: Comparison, ink: Ink) -> list[str]:
@@ -72,10 +74,7 @@ class Against:
                 words.append(f"{arm.name} {null.mean.mean():.0%} on the null")
         chances = {source.chance for _, source in found if source.chance is not None}
         for chance in chances:
-            axes.axhline(chance, color=ink.muted, linewidth=1, linestyle=(0, (4, 3)))
-        if chances:
-            axes.annotate("a guess", (0.01, max(chances)), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                          textcoords="offset points", color=ink.muted, fontsize=SMALL)  # fmt: skip
+            level(axes, ink, chance)
         values = sorted({value for _, source in found if (value := self.of(source)) is not None})
         if self.doubling and values[0] > 0:
             axes.set_xscale("log", base=2)
@@ -84,6 +83,8 @@ class Against:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_ylim(-0.03, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if chances:
+            name_level(axes, ink, max(chances), "a guess")
         return words
 
     def _curve(self, sources: Sequence[HeldOut]) -> Curve | None:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from launch.report.compare import Arm, Comparison
-from launch.report.plots.canvas import Ink, Named, level, name_lines, short, styled, tokens_below
+from launch.report.plots.canvas import Ink, Named, level, name_level, name_lines, short, styled, tokens_below
 from launch.report.plots.curves import Curve, over_seeds, seconds, smoothed, tokens
 from launch.report.record import Record
-from launch.report.show import compact, shown
+from launch.report.show import compact, shown, spread
 
 
 def loss_over_tokens(comparison: Comparison, figure: Figure, ink: Ink) -> str | None:
@@ -59,7 +59,7 @@ def _loss(
         if trained is None:
             continue
         trained.line(axes, colour, dash)
-        last = f"training {trained.mean[-1]:.3f} after {place(trained.x[-1])}"
+        last = f"training {spread(arm.quantities['train_loss'], 'loss')} after {place(trained.x[-1])}"
         held_out = over_seeds(arm.records, x, lambda r: {line["step"]: line["val_loss"] for line in r.validations})
         if held_out is not None:
             held_out.dots(axes, colour)
@@ -75,13 +75,15 @@ def _loss(
         ceilings.append(float(np.max(trained.high[len(trained.x) // 10 :])))
     if not ends:
         return None
-    if comparison.unigram_entropy is not None:
-        level(axes, ink, comparison.unigram_entropy, "knowing only how frequent each token is")
-        ceilings.append(comparison.unigram_entropy)
+    if (entropy := comparison.unigram_entropy) is not None:
+        level(axes, ink, entropy)
+        ceilings.append(entropy)
     label(axes)
     axes.set_ylim(top=max(ceilings) * 1.08)
     axes.set_ylabel("loss (nats per token)")
     name_lines(figure, axes, ink, ends)
+    if entropy is not None:
+        name_level(axes, ink, entropy, "unigram entropy")
     return "; ".join(words) + "."
 
 
