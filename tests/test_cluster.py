@@ -281,7 +281,7 @@ def test_a_resolved_configuration_runs_as_it_is(tmp_path: Path) -> None:
     for arguments, sentence in (
         (["--config", "gone.yaml"], "--config gone.yaml cannot be read (No such file or directory)"),
         (["--config", "resolved.yaml", "train.steps=9"], "--config takes one file and nothing beside it"),
-        (["--config", "corpus/train.bin"], "--config corpus/train.bin cannot be read (it is no YAML)"),
+        (["--config", "corpus/train.bin"], "--config corpus/train.bin cannot be read (unacceptable character"),
     ):
         job = runs.start(tmp_path, arguments)
         assert job.end() == 2

@@ -324,8 +324,10 @@ def test_validation_names_and_their_order(corpora: Path) -> None:
     [
         pytest.param(lambda f: {"a": corpus(f, "code")}, r"data\.train\.a\.weight is missing", id="no weight"),
         pytest.param(lambda f: {"a": corpus(f, "code", weight=-1)}, r"weight -1\.0; .* from 0 up", id="negative"),
-        pytest.param(lambda f: {"a": corpus(f, "code", weight=math.inf)}, "weight inf", id="infinite"),
-        pytest.param(lambda f: {"a": corpus(f, "code", weight=math.nan)}, "weight nan", id="not a number"),
+        pytest.param(lambda f: {"a": corpus(f, "code", weight=math.inf)}, "weight is inf, but a finite", id="infinite"),
+        pytest.param(
+            lambda f: {"a": corpus(f, "code", weight=math.nan)}, "weight is nan, but a finite", id="not a number"
+        ),
         pytest.param(
             lambda f: {"a": corpus(f, "code", weight=0), "b": corpus(f, "books", weight=0)},
             "no weight above 0",

@@ -116,7 +116,7 @@ def test_asked_to_stop_by_signals_and_by_a_file(reference: Reference) -> None:
     arguments = [*BASE, "run.dir=stopped"]
     ways: list[tuple[str, Callable[[runs.Job], object]]] = [
         ("SIGTERM", lambda job: job.signal(signal.SIGTERM, rank=0)),
-        ("another rank", lambda job: job.signal(signal.SIGUSR1, rank=1)),
+        ("SIGUSR1", lambda job: job.signal(signal.SIGUSR1, rank=1)),
         ("stop", lambda job: (run / "stop").touch()),
     ]
     for by, stop in ways:

@@ -84,7 +84,7 @@ def train(run: Run) -> str | None:
         run.flops_per_token.clear()
         if run.progress.owes_validation and run.step <= stretch.stop:
             if not validate(run, stretch):
-                return run.stop.obey()  # there is nothing new to save: the checkpoint owes it still
+                return run.ranks.any_of(run.stop.obey())  # there is nothing new to save: the checkpoint owes it still
             run.progress.owes_validation = False
         if run.step >= stretch.stop:
             continue
@@ -126,7 +126,7 @@ def train(run: Run) -> str | None:
                     run.progress.data = run.course.standing(stretch.consumed(run.step)).plain()
                     save(run, clock, wait=stopping or run.step == total)
                 if stopping:
-                    reason = run.stop.obey()
+                    reason = run.ranks.any_of(run.stop.obey())
                     if run.step < total or run.progress.owes_validation:
                         log.info("asked to stop by %s: saved step %d; the same command resumes", reason, run.step)
                         return reason

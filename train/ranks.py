@@ -51,6 +51,12 @@ class Ranks:
         """Do something on rank 0 alone; if it is refused there, it is on all."""
         self.together(action if self.first else lambda: None)
 
+    def any_of(self, mine: str | None) -> str:
+        """What the first rank says that says anything, as one at least does. Collective."""
+        said: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(said, mine, group=self.host_group)
+        return next(filter(None, said))
+
     def total(self, *values: int) -> list[int]:
         """Sums over the ranks of whole numbers below 2^64, modulo 2^64. Collective; does not wait for the device."""
         sums = torch.tensor(values, dtype=torch.uint64).view(torch.int64)

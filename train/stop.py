@@ -46,11 +46,11 @@ class StopRequest:
             self.reason = f"the file {self.file}"
         return self.reason is not None
 
-    def obey(self) -> str:
-        """Some rank was asked, and all know it. Returns who asked."""
+    def obey(self) -> str | None:
+        """Some rank was asked, and all know it. Returns who asked this one, if anybody did."""
         if self.file is not None and self._is_filed():
             self.file.unlink(missing_ok=True)
-        return self.reason or "another rank"
+        return self.reason
 
     def over(self) -> None:
         """The run has ended, and its exit code says how.
