@@ -64,7 +64,8 @@ class HuggingFace:
     end: str | None
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def library(self) -> Any:
+        """The `tokenizers.Tokenizer`."""
         from tokenizers import Tokenizer as Fast
 
         try:
@@ -86,27 +87,27 @@ class HuggingFace:
 
     @cached_property
     def vocab(self) -> int:
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        return 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=0)
 
     @cached_property
     def end_of_document(self) -> int:
-        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        special = {t.content: i for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         if self.end is None and len(special) == 1:
             return next(iter(special.values()))
         known = ", ".join(special) or "it has none"
         if self.end is None:
             raise Refused(f"which token ends a document? Give end_of_document=TOKEN (special tokens: {known}).")
-        if (token := self._tokenizer.token_to_id(self.end)) is None:
+        if (token := self.library.token_to_id(self.end)) is None:
             raise Refused(
                 f"end_of_document is '{self.end}', which is no token of {self.path} (special tokens: {known})."
             )
         return token
 
     def encode(self, texts: list[str]) -> list[NDArray[Any]]:
-        return pieces.encode(self._tokenizer, texts)
+        return pieces.encode(self.library, texts)
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self.library.decode(ids, skip_special_tokens=False)
 
 
 @lru_cache(maxsize=1)
