@@ -44,9 +44,8 @@ class Files:
     """
 
     def __init__(self, found: Iterable[File]) -> None:
-        self._kept = sqlite3.connect(
-            "", check_same_thread=False
-        )  # a trainer of tokenizers asks from threads of its own
+        # a trainer of tokenizers asks from threads of its own
+        self._kept = sqlite3.connect("", check_same_thread=False)
         self._kept.execute("CREATE TABLE file (name BLOB PRIMARY KEY, path BLOB, size INT, modified INT) WITHOUT ROWID")
         rows = ((os.fsencode(file.name), os.fsencode(file.path), file.size, file.modified) for file in found)
         self._kept.executemany("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?)", rows)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from conf.schema import Refused
+from data.pieces import PIECE
 from data.records import Texts
 from data.texts import TextSource
 from data.workers import run_apart
@@ -26,7 +27,6 @@ WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BORDER = re.compile(r"\n(?=\S)")  # where a word of these ends whatever is around
-PIECE = 128 << 10  # characters of a document handed over at once: the library takes hundreds of bytes a token
 SMALLEST = 257  # the bytes and the end of a document
 
 
