@@ -1,8 +1,8 @@
-# `make demo`, `make test`, `make smoke` and `make lint` set up all they need in .venv, given Python 3.11 or newer with venv.
+# `make demo`, `make test`, `make search`, `make smoke` and `make lint` set up all they need in .venv, given Python 3.11 or newer with venv.
 # `make test PYTHON=path` uses an environment that you made yourself and installs nothing.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test suite smoke lint style types
+.PHONY: help demo test suite search smoke lint style types
 
 # Tried by running: a name on the PATH may be a stub for an interpreter that is not installed.
 BASE := $(shell for name in python3 python3.13 python3.12 python3.11; do \
@@ -16,6 +16,7 @@ endif
 help:
 	@echo 'make demo    prepare text, pretrain small arms with different KV compression, resume one, compare (minutes)'
 	@echo 'make test    lint, types and the whole CPU suite'
+	@echo 'make search  the property-based tests with thousands of new examples each, and many random layer plans'
 	@echo 'make smoke   the distributed checks and real kernels on one GPU'
 	@echo 'make lint    ruff and mypy alone'
 
@@ -28,6 +29,10 @@ test: style
 
 suite: $(READY)
 	$(PYTHON) -m pytest --whole --numprocesses logical --dist worksteal
+
+search: $(READY)
+	$(PYTHON) -m pytest --numprocesses logical --hypothesis-profile search --plans 200 \
+		$(shell grep --files-with-matches '^from hypothesis' tests/test_*.py) tests/test_mixed_plans.py
 
 smoke: $(READY)
 	$(PYTHON) -m pytest tests/test_gpu.py

@@ -5,11 +5,12 @@ the whole if the tokenizer sees the same words in them. That is not taken for gr
 around the place where they meet a window is encoded by itself, up to the first one's end. They are joined if
 
 - a word begins there, in the window, beside white space and far from the window's ends;
-- the first piece's ids end as the window's do: the words are those of the text read from its beginning;
-- the second piece's ids begin as the window's go on: nothing is done to the beginning of a text alone.
+- the first piece ends in the window's ids and words: the words are those of the text read from its beginning;
+- the second piece begins with the ids and words the window goes on with: nothing is done to a text's beginning alone.
 
-Where no word begins (a run of letters, a tokenizer without words) the piece is made longer. Where ids disagree (the
-tokenizer puts something before each text, or counts characters from its beginning) the text is encoded whole.
+Ids alone would not do: words of five characters, counted from the beginning, may give the same ids for a while wherever
+the count begins. Where no word begins (a run of letters, a tokenizer without words) the piece is made longer. Where ids
+or words disagree (the tokenizer counts, or puts something before each text) the text is encoded whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ PIECE = 128 << 10  # characters handed over at once
 REACH = 1024  # characters: what is farther away than this is taken to have no say in where a word begins
 
 Ids = NDArray[np.int32]
+Marked = NDArray[np.int64]
+"""Each token's id, doubled, and one more where a word begins."""
 
 
 def encode(tokenizer: Any, texts: list[str], piece: int = PIECE, reach: int = REACH) -> list[Ids]:
@@ -32,35 +35,35 @@ def encode(tokenizer: Any, texts: list[str], piece: int = PIECE, reach: int = RE
 
 
 class _Border(NamedTuple):
-    """Where a word begins in a window. back: characters, before: ids from the window's start that is settled to it.
+    """Where a word begins in a window. back: characters, before: tokens from the window's start that is settled to it.
 
-    after: all ids behind it. sure: how many of them lie far from the window's end.
+    after: all tokens behind it. sure: how many of them lie far from the window's end.
     """
 
     back: int
-    before: Ids
-    after: Ids
+    before: Marked
+    after: Marked
     sure: int
 
 
 def _long(tokenizer: Any, text: str, piece: int, reach: int) -> Ids:
     made: list[Ids] = []
     begin, length = 0, piece
-    expected = np.empty(0, np.int32)
+    expected = np.empty(0, np.int64)
     while (end := begin + length) < len(text):
         border = _find_border(tokenizer, text[end - 5 * reach : end], reach)
         if border is None:
             length += length // 4
             continue
-        (ids,) = _ids(tokenizer, [text[begin:end]])
+        marked = _marked(_encoded(tokenizer, text[begin:end]))
         known = np.concatenate([border.before, border.after])
-        if not (_starts(ids, expected) and _starts(ids[::-1], known[::-1])):
+        if not (_starts(marked, expected) and _starts(marked[::-1], known[::-1])):
             return _ids(tokenizer, [text])[0]
-        made.append(ids[: len(ids) - len(border.after)])
+        made.append(_unmarked(marked[: len(marked) - len(border.after)]))
         expected = border.after[: border.sure]
         begin, length = end - border.back, piece
-    (ids,) = _ids(tokenizer, [text[begin:]])
-    return np.concatenate([*made, ids]) if _starts(ids, expected) else _ids(tokenizer, [text])[0]
+    marked = _marked(_encoded(tokenizer, text[begin:]))
+    return np.concatenate([*made, _unmarked(marked)]) if _starts(marked, expected) else _ids(tokenizer, [text])[0]
 
 
 def _find_border(tokenizer: Any, window: str, reach: int) -> _Border | None:
@@ -68,14 +71,14 @@ def _find_border(tokenizer: Any, window: str, reach: int) -> _Border | None:
 
     Tokenizers that put a space before each text do so only where there is none.
     """
-    encoded = tokenizer.encode(window, add_special_tokens=False)
-    ids, words, offsets = np.array(encoded.ids, np.int32), encoded.word_ids, encoded.offsets
+    encoded = _encoded(tokenizer, window)
+    marked, offsets = _marked(encoded), encoded.offsets
     found = []
-    for token in range(1, len(ids)):
+    for token in range(1, len(marked)):
         at = offsets[token][0]
         if window[at - 1 : at] == " " and offsets[token - 1][1] == at - 1:  # the tokenizer drops spaces
             at -= 1
-        begins = words[token] != words[token - 1] and 2 * reach <= at < 3 * reach
+        begins = marked[token] % 2 and 2 * reach <= at < 3 * reach
         if begins and window[at].isspace() != window[at - 1].isspace():
             found.append((window[at] == " ", at, token))
     if not found:
@@ -85,13 +88,26 @@ def _find_border(tokenizer: Any, window: str, reach: int) -> _Border | None:
     sure = sum(end <= 4 * reach for _, end in offsets)
     if sure <= token:  # a token that reaches beyond
         return None
-    return _Border(len(window) - at, ids[settled:token], ids[token:], sure - token)
+    return _Border(len(window) - at, marked[settled:token], marked[token:], sure - token)
+
+
+def _encoded(tokenizer: Any, text: str) -> Any:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _marked(encoded: Any) -> Marked:
+    words = np.array([-1 if word is None else word for word in encoded.word_ids], np.int64)
+    return np.array(encoded.ids, np.int64) * 2 + (np.diff(words, prepend=-2) != 0)
+
+
+def _unmarked(marked: Marked) -> Ids:
+    return (marked // 2).astype(np.int32)
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[Ids]:
-    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # which keeps no offsets
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # which keeps no offsets and no words
     return [np.array(one.ids, np.int32) for one in encoded]
 
 
-def _starts(ids: Ids, expected: Ids) -> bool:
-    return np.array_equal(ids[: len(expected)], expected)
+def _starts(marked: Marked, expected: Marked) -> bool:
+    return np.array_equal(marked[: len(expected)], expected)

@@ -44,7 +44,10 @@ LONGEST_FIRST = (
 cores idle."""
 
 # The machines that run this are shared and slow: an example that takes long to try, or to draw, is no failure.
-hypothesis.settings.register_profile("keyhole", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The suite tries the same examples each time, so that what fails is what was changed; `make search` looks for new ones.
+UNHURRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("keyhole", **UNHURRIED, derandomize=True)
+hypothesis.settings.register_profile("search", **UNHURRIED, max_examples=3000, print_blob=True)
 hypothesis.settings.load_profile("keyhole")
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -122,8 +122,9 @@ TEXTS = st.lists(
 
 
 @pytest.mark.parametrize("name", MADE)
-@settings(max_examples=30)
+@settings(max_examples=settings().max_examples // 3)
 @given(text=TEXTS)
+@example(text="é" * 100 + "0 " * 44 + SAMPLE[0])  # five at a time, the same ids for a while from wherever one counts
 def test_pieces_have_the_ids_of_the_whole(name: str, text: str) -> None:
     tokenizer = made(name)
     (found,) = pieces.encode(tokenizer, [text], PIECE, REACH)
