@@ -16,6 +16,7 @@ LIST = Path(__file__).with_suffix(".txt")
 MACHINES: dict[str, Callable[[], bool]] = {
     "cpu": lambda: not torch.cuda.is_available(),
     "cuda": torch.cuda.is_available,
+    "one gpu": lambda: torch.cuda.device_count() == 1,
     "no browser": lambda: not browser.is_here(),
     "no slurm": slurm_cluster.missing,
     "no mounts": lambda: not slurm_cluster.missing() and not slurm_cluster.can_hide(),

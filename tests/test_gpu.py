@@ -32,6 +32,7 @@ from train.ranks import Ranks, join, leave
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 ROOT = Path(__file__).parents[1]
+PYTHON = [sys.executable]
 BF16 = 1e-2  # norm-wise; products of bf16 operands err by 2⁻⁹ each
 
 
@@ -199,13 +200,16 @@ def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(name: st
     assert float(fast[0].loss) == pytest.approx(float(plain_step.loss), rel=BF16)
 
 
-def test_a_run_on_the_gpu_resumes_bitwise(tmp_path: Path) -> None:
-    (tmp_path / "text").mkdir()
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text, corpus = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("corpus")
     for file in sorted(ROOT.glob("models/**/*.py")):
-        (tmp_path / "text" / f"{file.stem}.txt").write_text(file.read_text())
-    corpus = tmp_path / "corpus"
-    python = [sys.executable, "-m"]
-    subprocess.run([*python, "data", "prepare", f"source={tmp_path / 'text'}", f"out={corpus}"], check=True, cwd=ROOT)
+        (text / f"{file.stem}.txt").write_text(file.read_text())
+    subprocess.run([*PYTHON, "-m", "data", "prepare", f"source={text}", f"out={corpus}"], check=True, cwd=ROOT)
+    return corpus
+
+
+def test_a_run_on_the_gpu_resumes_bitwise(corpus: Path, tmp_path: Path) -> None:
     losses = []
     for name, stop_at in (("whole", None), ("stopped", 12)):
         settings = [
@@ -214,15 +218,33 @@ def test_a_run_on_the_gpu_resumes_bitwise(tmp_path: Path) -> None:
             "run.deterministic=true", "train.compute=bf16", "train.core=fused", "train.compile=true",
         ]  # fmt: skip
         if stop_at is not None:
-            first = subprocess.Popen([*python, "train", *settings], cwd=ROOT)
+            first = subprocess.Popen([*PYTHON, "-m", "train", *settings], cwd=ROOT)
             while first.poll() is None and len(steps(tmp_path / name)) < stop_at:
                 pass
             (tmp_path / name / "stop").touch()
             assert first.wait() == 75
-        subprocess.run([*python, "train", *settings], check=True, cwd=ROOT)
+        subprocess.run([*PYTHON, "-m", "train", *settings], check=True, cwd=ROOT)
         losses.append([(record["step"], record["loss"], record["grad_norm"]) for record in steps(tmp_path / name)])
     assert len(losses[0]) == 40
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_train_as_one(corpus: Path, tmp_path: Path) -> None:
+    """And a run that two of them began goes on with one."""
+    two = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = []
+    for name, starts in (("one", {8: PYTHON}), ("two", {8: two}), ("two then one", {4: two, 8: PYTHON})):
+        settings = [
+            "experiment=smoke", "schedule.decay_fraction=0", "train.compute=fp32", "run.device=cuda",
+            f"run.dir={tmp_path / name}", f"data.train.path={corpus}",
+        ]  # fmt: skip
+        for until, start in starts.items():
+            subprocess.run([*start, "-m", "train", *settings, f"train.steps={until}"], check=True, cwd=ROOT)
+        found.append([[record[name] for name in ("step", "loss", "grad_norm")] for record in steps(tmp_path / name)])
+    assert len(found[0]) == 8
+    assert found[1] == [pytest.approx(numbers, rel=1e-4) for numbers in found[0]]
+    assert found[2] == [pytest.approx(numbers, rel=1e-4) for numbers in found[0]]
 
 
 def steps(directory: Path) -> list[dict[str, float]]:
