@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Bench:
-    """Tokens a second that one core reads from a prepared corpus as ready batches, nothing else running."""
+    """Tokens a second that one core reads from a prepared corpus, in a run's order, as ready batches."""
 
     path: str = field(metadata={"help": "folder that `python -m data prepare` wrote"})
     sequence_length: int = field(default=2048, metadata={"help": "inputs a window"})
@@ -22,11 +22,14 @@ def bench(request: Bench) -> str:
     import torch
 
     from data.corpus import Config
+    from data.course import Course, Leg
     from data.loader import Loader
+    from data.mixture import Mixture
 
     torch.set_num_threads(1)
     source = Config(request.path).open()
-    loader = Loader(source, sequence_length=request.sequence_length, depth=request.depth)
+    course = Course(Mixture({"": source}, {"": 1}), [Leg(request.sequence_length, 1 << 60)], seed=0)
+    loader = Loader(course, sequence_length=request.sequence_length, depth=request.depth)
     loader.batch(0, request.num_samples)
     batches = 0
     began, began_cpu = time.perf_counter(), time.process_time()

@@ -3,6 +3,7 @@
 In each epoch the documents are permuted by a permutation that depends on (fingerprint, seed, epoch) alone; the epochs
 follow each other in one endless stream of tokens, and window i holds S inputs from token i·S and the tokens after them.
 So every token is an input exactly once an epoch, and windows run across documents and across epochs without a gap.
+A run reads the windows of an epoch in another order again: see `data/shuffle.py`.
 """
 
 from __future__ import annotations

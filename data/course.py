@@ -6,23 +6,24 @@ stays within one window of its share from the first sample to the last, whatever
 whatever its length: what a source is behind where the length changes is made up for in windows of the new one. No order
 is known that would keep within one window in tokens, too.)
 
-Each source is read on its own: it runs through its epochs in its own order, and goes on across the border of a leg
-where it stood, at the next whole window of the new length. So nothing of a source comes twice in one of its epochs,
-whatever the weights do. A run that is resumed starts from its `Standing`, so that this holds too where the legs ahead
-are no longer those that it looked at.
+Each source is read on its own: it runs through its epochs in its own order (`data/shuffle.py`), and goes on across the
+border of a leg where it stood; at a new length, with the first whole window behind the block that it was in. So nothing
+of a source comes twice in one of its epochs, whatever the weights do. A run that is resumed starts from its `Standing`,
+so that this holds too where the legs ahead are no longer those that it looked at.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from conf.schema import Refused
 from data.interleave import Interleave
 from data.mixture import Mixture, Weights
+from data.shuffle import Shuffle
 from data.source import Source, Window
 
 
@@ -36,29 +37,47 @@ class Leg:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a source stands: `taken` windows of `sequence_length` tokens read, from window `origin` on."""
+
+    sequence_length: int
+    origin: int
+    taken: int
+
+
+@dataclass(frozen=True)
 class Standing:
     """What lies behind a place in a run. samples: in all.
 
-    windows, at, owed: of each source, how many were taken, the token up to which it was read, and by how many windows
-    it is behind its share.
+    windows, places, owed: of each source, how many were taken, where it stands, None where nothing of it was read, and
+    by how many windows it is behind its share.
     """
 
     samples: int
     windows: list[int]
-    at: list[int]
+    places: list[Place | None]
     owed: list[Fraction]
 
     @staticmethod
     def start(num_sources: int) -> Standing:
-        return Standing(0, [0] * num_sources, [0] * num_sources, [Fraction(0)] * num_sources)
+        return Standing(0, [0] * num_sources, [None] * num_sources, [Fraction(0)] * num_sources)
 
     def plain(self) -> dict[str, Any]:
         """In numbers and texts, as `read` takes them."""
-        return {"samples": self.samples, "windows": self.windows, "at": self.at, "owed": [str(x) for x in self.owed]}
+        places = [place and [place.sequence_length, place.origin, place.taken] for place in self.places]
+        owed = [str(windows) for windows in self.owed]
+        return {"samples": self.samples, "windows": self.windows, "places": places, "owed": owed}
 
     @staticmethod
     def read(plain: Mapping[str, Any]) -> Standing:
-        return Standing(**{**plain, "owed": [Fraction(text) for text in plain["owed"]]})
+        """Raises Refused where an older version wrote it."""
+        if plain.keys() != Standing.start(0).plain().keys():
+            raise Refused(
+                "the checkpoint says where its data stood as an older version did, which read it in another order; "
+                "go on with that version, or take its weights alone with train.init in a new run.dir."
+            )
+        places = [place and Place(*place) for place in plain["places"]]
+        return Standing(plain["samples"], plain["windows"], places, [Fraction(text) for text in plain["owed"]])
 
 
 class Course:
@@ -89,8 +108,9 @@ class Course:
             end += num_samples
             if begin.samples < end:
                 ahead = [(following, weights) for _, following, weights in table[at:]]
-                order = Interleave(shares, begin.owed, end - begin.samples, ahead, among, barred[sequence_length])
-                self._legs.append(_Placed(begin, sequence_length, end - begin.samples, order))
+                left = end - begin.samples
+                order = Interleave(shares, begin.owed, left, ahead, among, barred[sequence_length])
+                self._legs.append(_Placed(begin, sequence_length, left, order, self._sources, seed))
                 begin = self._legs[-1].standing(end)
 
     def window(self, index: int, sequence_length: int, lookahead: int, seed: int) -> Window:
@@ -99,7 +119,7 @@ class Course:
         if leg is None or leg.sequence_length != sequence_length or index >= leg.begin.samples + leg.num_samples:
             raise ValueError(f"sample {index} of {sequence_length} tokens is none of this run")
         which, rank = leg.order.place(index - leg.begin.samples)
-        return self._sources[which].window(leg.first_window[which] + rank, sequence_length, lookahead, seed)
+        return self._sources[which].window(leg.window(which, rank), sequence_length, lookahead, seed)
 
     def consumed(self, num_samples: int) -> dict[str, int]:
         """Windows of each source among the first samples of the run."""
@@ -126,20 +146,48 @@ class Course:
 class _Placed:
     """A leg, or what is left of it, and where it begins."""
 
-    def __init__(self, begin: Standing, sequence_length: int, num_samples: int, order: Interleave) -> None:
+    def __init__(
+        self,
+        begin: Standing,
+        sequence_length: int,
+        num_samples: int,
+        order: Interleave,
+        sources: Sequence[Source],
+        seed: int,
+    ) -> None:
         self.begin, self.sequence_length, self.num_samples, self.order = begin, sequence_length, num_samples, order
-        # the rest of a window of another length is left out: a window that reached back would repeat tokens
-        self.first_window = [-(-tokens // sequence_length) for tokens in begin.at]
+        self._places, self._shuffles = [], []
+        for source, place in zip(sources, begin.places, strict=True):
+            here = _place(source, place, sequence_length, seed)
+            self._places.append(here)
+            self._shuffles.append(Shuffle(source, sequence_length, here.origin, seed))
+
+    def window(self, which: int, rank: int) -> int:
+        """The index in source `which` of its window that has so many of it before it in this leg."""
+        return self._shuffles[which].window(self._places[which].taken + rank)
 
     def standing(self, samples: int) -> Standing:
         """Within the leg, or at its end."""
-        n, S, begin = samples - self.begin.samples, self.sequence_length, self.begin
-        windows, at, owed = [], [], []
+        n, begin = samples - self.begin.samples, self.begin
+        windows, owed = [], []
+        places: list[Place | None] = []
         for i, count in enumerate(self.order.counts(n)):
+            here = self._places[i]
             windows.append(begin.windows[i] + count)
-            at.append((self.first_window[i] + count) * S if count else begin.at[i])
+            places.append(replace(here, taken=here.taken + count) if count else begin.places[i])
             owed.append(begin.owed[i] + n * self.order.weights[i] - count)
-        return Standing(samples, windows, at, owed)
+        return Standing(samples, windows, places, owed)
+
+
+def _place(source: Source, before: Place | None, sequence_length: int, seed: int) -> Place:
+    """Where a source stands in windows of this length."""
+    if before is None:
+        return Place(sequence_length, 0, 0)
+    if before.sequence_length == sequence_length:
+        return before
+    # a window that reached back, or one of the block that was read in part, would repeat tokens
+    used = Shuffle(source, before.sequence_length, before.origin, seed).used(before.taken)
+    return Place(sequence_length, -(-used // sequence_length), 0)
 
 
 def _barred(

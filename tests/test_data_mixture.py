@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from data.course import Course, Leg, Standing
 from data.interleave import Interleave
 from data.loader import Loader
 from data.mixture import Mixture
+from data.shuffle import Shuffle
 from data.source import Facts, Window
 from tests.corpora import write_corpus
 
@@ -29,11 +31,12 @@ Weights = list[int]
 
 @dataclass
 class Ruler:
-    """A source whose tokens are their own places in its stream."""
+    """A source whose tokens are their own places in its stream, through all epochs."""
 
     fingerprint: str
+    num_tokens: int | None = None
     vocab = 1 << 40
-    num_tokens = tokenizer = bytes_per_token = None
+    tokenizer = bytes_per_token = None
     unigram_entropy = 0.0
 
     @property
@@ -137,7 +140,8 @@ def courses(draw: st.DrawFn, most: int = 3, lengths: Sequence[int] = (4, 6, 16))
     def mixed() -> dict[str, float]:
         return dict(zip(names, map(float, draw(weights_of(len(names)))), strict=True))
 
-    mixture = Mixture({name: Ruler(name) for name in names}, mixed())
+    epochs = st.one_of(st.none(), st.integers(max(lengths), 300))
+    mixture = Mixture({name: Ruler(name, draw(epochs)) for name in names}, mixed())
     legs = [
         Leg(draw(st.sampled_from(lengths)), draw(st.integers(1, 30)), mixed() if draw(st.booleans()) else None)
         for _ in range(draw(st.integers(1, 5)))
@@ -161,13 +165,31 @@ def samples(mixture: Mixture, legs: list[Leg], standing: Standing | None = None)
 
 
 def assert_each_goes_on(mixture: Mixture, found: list[Sample]) -> None:
-    """No token comes twice, and less than a window is left out, at a new length."""
-    for name in mixture.sources:
-        own = [(first, length) for source, first, length in found if source == name]
-        assert not own or own[0][0] == 0
-        for (first, length), (following, next_length) in pairwise(own):
-            end = first + length
-            assert following == end + -end % next_length, "the next whole window of the length there"
+    """No token comes twice, and none is left out but at a new length."""
+    for name, source in mixture.sources.items():
+        end = 0
+        own = [(first, length) for of, first, length in found if of == name]
+        for length, stretch in groupby(own, key=itemgetter(1)):
+            next_whole = end + -end % length
+            end = used([first for first, _ in stretch], next_whole, length, source.num_tokens)
+
+
+def used(firsts: list[int], begin: int, length: int, epoch: int | None) -> int:
+    """Where what was read ends; of an epoch, which is one block here, its last window, though it be read in part.
+
+    Asserts that windows come in a row, or where there are epochs, all of one in any order before those of the next.
+    """
+    if epoch is None:
+        end = begin + len(firsts) * length
+        assert firsts == list(range(begin, end, length))
+        return end
+    while firsts:
+        windows = range(begin, (begin // epoch + 1) * epoch, length)
+        read, firsts = firsts[: len(windows)], firsts[len(windows) :]
+        assert len(set(read)) == len(read)
+        assert set(read) <= set(windows)
+        begin = windows[-1] + length
+    return begin
 
 
 @given(courses())
@@ -288,8 +310,10 @@ def test_one_source_is_a_mixture_of_itself(corpora: Path) -> None:
     (source,) = mixture.sources.values()
     assert mixture.fingerprint == source.fingerprint
     course = Course(mixture, [Leg(4, 100)], 3)
+    shuffle = Shuffle(source, 4, 0, 3)
     for index in (0, 5, 60):
-        assert np.array_equal(course.window(index, 4, 1, 3).tokens, source.window(index, 4, 1, 3).tokens)
+        expected = source.window(shuffle.window(index), 4, 1, 3)
+        assert np.array_equal(course.window(index, 4, 1, 3).tokens, expected.tokens)
 
 
 def test_a_fingerprint_names_all_that_is_in_it(corpora: Path) -> None:
