@@ -3,14 +3,15 @@ checkpoints."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
 import torch
 
 from conf.compose import compose
+from conf.schema import Refused
 from data.batch import Batch
+from launch.arguments import Parser
 from train import config as run_config
 from train.engines.torch import Engine
 from train.meter import Clock, peak_flops, peak_memory, training_flops_per_token
@@ -19,12 +20,17 @@ from train.ranks import Ranks, join, leave
 
 def main(arguments: list[str]) -> int:
     """`python -m launch speed [--steps N] [--documents N] [overrides]`: one line a case."""
-    parser = argparse.ArgumentParser("python -m launch speed", description=__doc__)
+    parser = Parser("python -m launch speed", description=__doc__)
     parser.add_argument("--steps", type=int, default=15, help="optimizer steps; the first third is not counted")
     parser.add_argument("--documents", type=int, default=1, help="documents packed into each row, of uneven lengths")
     parser.add_argument("overrides", nargs="*", help="as for python -m train")
     options = parser.parse_args(arguments)
     config = run_config.read(compose(options.overrides))
+    if options.steps < 2:
+        raise Refused(f"--steps {options.steps} leaves none to count behind those that warm up; take 2 or more.")
+    if not 1 <= options.documents <= config.train.sequence_length:
+        length = config.train.sequence_length
+        raise Refused(f"--documents {options.documents} do not fit in a row of {length} tokens; take 1 to {length}.")
     try:
         ranks = join(config.run)
         line = measure(config, ranks, options.steps, options.documents)
@@ -84,9 +90,3 @@ def random_batch(rows: int, length: int, vocab: int, documents: int, depth: int 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))
