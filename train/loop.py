@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from data.batch import Batch
 from data.config import Probe, Probes, headline
 from data.course import Course
@@ -105,7 +107,8 @@ def train(run: Run) -> str | None:
                 if pending is not None:
                     pending.finish(run)
                 asked, digest = run.ranks.total(run.stop.asked(), int(batch.digest, 16))
-                pending = Pending(run.step, stretch, f"{digest:016x}", rate, result, clock, watch)
+                numbers = meter.OnHost((result, watch.table if watch is not None else None))
+                pending = Pending(run.step, stretch, f"{digest:016x}", rate, numbers, clock, watch)
 
                 stopping = asked > 0
                 saving = stopping or run.step % config.checkpoint.every == 0 or run.step == total
@@ -135,30 +138,23 @@ def train(run: Run) -> str | None:
 
 @dataclass
 class Pending:
-    """A step whose numbers are still on the device. batch: digest of the global batch."""
+    """A step whose numbers, and the table of its watch, are still on their way from the device.
+
+    batch: digest of the global batch.
+    """
 
     step: int
     stretch: Stretch
     batch: str
     rate: float
-    result: Step
+    numbers: meter.OnHost[tuple[Step, Tensor | None]]
     clock: meter.Clock
     watch: Watch | None
-    numbers: meter.OnHost = field(init=False)
-    statistics: meter.OnHost | None = None
-
-    def __post_init__(self) -> None:
-        loss, extra, norm, loads, *others = self.result
-        self.numbers = meter.OnHost(
-            (loss, extra, norm, *loads.values(), *(each for each in others if each is not None))
-        )
-        if self.watch is not None:
-            self.statistics = meter.OnHost((self.watch.table,))
 
     def finish(self, run: Run) -> None:
         """Read the numbers and write them down. Raises Diverged where they are not finite."""
-        numbers = self.numbers.read()
-        loss, extra, norm = map(float, numbers[:3])
+        result, table = self.numbers.read()
+        loss, norm = float(result.loss), float(result.grad_norm)
         batch_tokens = self.stretch.rows * self.stretch.sequence_length
         seconds = self.clock.seconds()
         record: dict[str, Any] = {
@@ -169,7 +165,7 @@ class Pending:
             "grad_norm": norm,
             "batch_tokens": batch_tokens,
             "tokens_per_second": batch_tokens / max(sum(seconds.values()), 1e-9),
-            "extra": extra,
+            "extra": float(result.extra),
             "batch": self.batch,
             **_sources(run, self.stretch.consumed(self.step)),
             **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -180,23 +176,19 @@ class Pending:
             length = self.stretch.sequence_length
             if length not in run.flops_per_token:
                 run.flops_per_token[length] = meter.training_flops_per_token(run.engine.model, length)
-            rate = record["tokens_per_second"] / run.ranks.world_size
-            record["mfu"] = rate * run.flops_per_token[length] / peak
-        loads = numbers[3 : 3 + len(self.result.loads)]
-        others = iter(numbers[3 + len(loads) :])
-        if loads:
-            record["load"] = [float(load.max() / load.double().mean()) for load in loads]
-        if self.result.lessons is not None:
-            record["kl"], record["recall"] = next(others).T.tolist()
-        if self.result.mtp_loss is not None:
-            record["mtp_loss"] = next(others).tolist()
+            of_rank = record["tokens_per_second"] / run.ranks.world_size
+            record["mfu"] = of_rank * run.flops_per_token[length] / peak
+        if result.loads:
+            record["load"] = [float(load.max() / load.double().mean()) for load in result.loads.values()]
+        if result.lessons is not None:
+            record["kl"], record["recall"] = result.lessons.T.tolist()
+        if result.mtp_loss is not None:
+            record["mtp_loss"] = result.mtp_loss.tolist()
         if run.metrics is not None:
             run.metrics.write(record)
             run.metrics.progress(record)
-            if self.watch is not None and self.statistics is not None:
-                by_layer = dict(zip(self.result.loads, loads, strict=True))
-                (table,) = self.statistics.read()
-                statistics.write(run.directory, self.watch.line(self.step, table, by_layer))
+            if self.watch is not None and table is not None:
+                statistics.write(run.directory, self.watch.line(self.step, table, result.loads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             first = self.stretch.consumed(self.step - 1)
             raise Diverged(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from models import cost
 from models.gpu import GPUS
 from models.model import Model
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -46,17 +49,19 @@ class Clock:
         return event
 
 
-class OnHost:
-    """Tensors on their way to the host; reading them waits for these alone, not for what the device was given since."""
+class OnHost(Generic[T]):
+    """Tensors, in whatever they lie, on their way to the host; reading them waits for these alone, not for what the
+    device was given since."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.copies = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
+    def __init__(self, values: T) -> None:
+        self.copies: T = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", non_blocking=True), values)
         self.arrived: torch.cuda.Event | None = None
-        if any(tensor.is_cuda for tensor in tensors):
+        if any(isinstance(value, Tensor) and value.is_cuda for value in tree_leaves(values)):
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def read(self) -> list[Tensor]:
+    def read(self) -> T:
+        """The same with tensors on the host."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.copies
