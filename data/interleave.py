@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -88,53 +88,36 @@ class Interleave:
         what it was after an earlier period, the order repeats, up to where a window is due behind the leg.
         """
         period = math.lcm(*(weight.denominator for weight in self.weights))
+        turns = _Turns(self.weights, self._owed, self._plans, self._due)
         order: list[int] = []
         ranks: list[int] = []
-        counts = [0] * len(self.weights)
-        ready = {i: plan.ready(0) for i, plan in self._plans.items()}
-        due = {i: self._due(i, 0) for i in self._plans}
-        shared = [i for i in self._plans if self.weights[i] > 0]
-        sight = max(self._plans[i].due(0) for i in shared)  # how far behind a place another may be due
         after_periods: dict[tuple[int, ...], int] = {}
         repeated = [0] * len(self.weights)
         n = 0
-
-        def behind(i: int) -> Fraction:
-            return (n + 1) * self.weights[i] + self._owed[i] - counts[i]
-
         while n < self._num_windows:
             if n % period == 0 and not self._rounds:
-                state = tuple(count - int(n * weight) for count, weight in zip(counts, self.weights, strict=True))
-                begin = after_periods.setdefault(state, n)
-                rounds = sys.maxsize if not self._ahead else int(self._num_windows - sight - n) // max(1, n - begin)
-                if begin < n and rounds > 0:
-                    again = np.bincount(order[begin:n], minlength=len(counts)).tolist()
+                begin = after_periods.setdefault(turns.ahead(n), n)
+                rounds = self._repeats(begin, n, turns.sight) if begin < n else 0
+                if rounds > 0:
+                    again = np.bincount(order[begin:n], minlength=len(self.weights)).tolist()
                     self._begin, self._length, self._rounds, self._again = begin, n - begin, rounds, again
                     if not self._ahead:
                         break
                     n += rounds * self._length
                     repeated = [rounds * count for count in again]
-                    counts = [count + more for count, more in zip(counts, repeated, strict=True)]
-                    ready = {i: plan.ready(counts[i]) for i, plan in self._plans.items()}
-                    due = {i: self._due(i, counts[i]) for i in self._plans}
+                    turns.skip(repeated)
                     continue
-            must = [i for i in due if due[i] <= n]
-            may = must or [i for i in ready if ready[i] <= n]
-            if len(may) == 1:
-                chosen = may[0]
-            elif may and not must:
-                chosen = min(may, key=due.__getitem__)
-            else:
-                chosen = max(may or shared, key=behind)
+            chosen = turns.choose(n)
             order.append(chosen)
-            ranks.append(counts[chosen] - repeated[chosen])
-            counts[chosen] += 1
-            plan, count = self._plans[chosen], counts[chosen]
-            ready[chosen], due[chosen] = plan.ready(count), self._due(chosen, count)
-            if self.weights[chosen] and not self._rounds:
-                sight = max(sight, plan.due(count) - n)
+            ranks.append(turns.counts[chosen] - repeated[chosen])
+            turns.take(chosen, n)
             n += 1
         return np.array(order, np.int16), np.array(ranks, np.int64)
+
+    def _repeats(self, begin: int, end: int, sight: float) -> int:
+        """How often windows [begin, end) may come again behind `end`: `sight` before the leg's end, what lies behind it
+        may decide."""
+        return sys.maxsize if not self._ahead else int(self._num_windows - sight - end) // (end - begin)
 
     def _due(self, i: int, count: int) -> float:
         """The last place at which window `count` of source i may stand, counted from this leg's first window."""
@@ -149,6 +132,56 @@ class Interleave:
             place, slack = place + num_windows, slack - num_windows * weights[i]
         last = self._ahead[-1][1][i]
         return place + slack // last if last else math.inf
+
+
+class _Turns:
+    """Whose turn it is. counts: windows that each source has had. sight: how far behind a place another may be due."""
+
+    def __init__(
+        self,
+        weights: Sequence[Fraction],
+        owed: Sequence[Fraction],
+        plans: Mapping[int, _Plan | _Pause],
+        due: Callable[[int, int], float],
+    ) -> None:
+        self._weights, self._owed, self._plans, self._last_place = weights, owed, plans, due
+        self._sharing = [i for i in plans if weights[i] > 0]
+        self.counts = [0] * len(weights)
+        self.sight = max(plans[i].due(0) for i in self._sharing)
+        self._ready: dict[int, float] = {}
+        self._due: dict[int, float] = {}
+        self._look(*plans)
+
+    def choose(self, n: int) -> int:
+        """The source of window n."""
+        must = [i for i, place in self._due.items() if place <= n]
+        may = must or [i for i, place in self._ready.items() if place <= n]
+        if len(may) == 1:
+            return may[0]
+        if may and not must:
+            return min(may, key=self._due.__getitem__)
+        return max(may or self._sharing, key=lambda i: (n + 1) * self._weights[i] + self._owed[i] - self.counts[i])
+
+    def take(self, i: int, n: int) -> None:
+        """Window n is of source i."""
+        self.counts[i] += 1
+        self._look(i)
+        if self._weights[i]:
+            self.sight = max(self.sight, self._plans[i].due(self.counts[i]) - n)
+
+    def skip(self, counts: Sequence[int]) -> None:
+        """Each source has had so many more."""
+        self.counts = [count + more for count, more in zip(self.counts, counts, strict=True)]
+        self._look(*self._plans)
+
+    def ahead(self, n: int) -> tuple[int, ...]:
+        """By how many windows each source is ahead of its share after n, from which alone the order follows."""
+        return tuple(count - int(n * weight) for count, weight in zip(self.counts, self._weights, strict=True))
+
+    def _look(self, *sources: int) -> None:
+        for i in sources:
+            self._ready[i] = self._plans[i].ready(self.counts[i])
+            self._due[i] = self._last_place(i, self.counts[i])
 
 
 def _plan(weight: Fraction, owed: Fraction, delta: Fraction) -> _Plan | _Pause:
