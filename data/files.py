@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from conf.schema import Refused
@@ -106,7 +107,10 @@ def _find(source: str) -> tuple[Path, Iterator[Path]]:
     if path.is_file():
         return path.parent, iter([path])
     root = Path(*_before_magic(path.parts))
-    return root, (found for match in glob.iglob(source, recursive=True) if (found := Path(match)).is_file())
+    pattern = path.parts[len(root.parts) :]
+    if "**" in pattern:  # which would take glob through links to folders, in circles
+        return root, (found for found in _walk(root, set()) if _fits(found.relative_to(root).parts, pattern))
+    return root, (found for match in glob.iglob(source) if (found := Path(match)).is_file())
 
 
 def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
@@ -128,6 +132,15 @@ def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
                     left += 1
     if left:
         print(f"{left} links to folders or to nowhere, pipes or sockets below {root} were not read.", file=sys.stderr)
+
+
+def _fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the parts of a path are what those of a glob say; `**` stands for any number of them."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_fits(names[begin:], pattern[1:]) for begin in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
 
 
 def _before_magic(parts: tuple[str, ...]) -> Iterator[str]:

@@ -73,12 +73,21 @@ def test_the_standard_library_is_its_source_without_tests() -> None:
     assert files == list(list_files(STDLIB))
 
 
-def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    for name in ("1", "00", "02.txt", "01.txt", "12.txt"):
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        pytest.param("te*/0*.txt", ["texts/01.txt", "texts/02.txt"], id="in a folder"),
+        pytest.param("texts/**/0*.txt", ["01.txt", "02.txt", "a/b/03.txt"], id="in any below"),
+        pytest.param("**/a/**/0*", ["texts/a/b/03.txt"], id="below one of a name"),
+        pytest.param("texts/**/*/*/*", ["a/b/03.txt"], id="two below, or more"),
+        pytest.param("texts/0**", ["00", "01.txt", "02.txt"], id="two stars in a name"),
+    ],
+)
+def test_a_glob_names_files_from_where_it_begins(source: str, names: list[str], tmp_path: Path) -> None:
+    (tmp_path / "texts/a/b").mkdir(parents=True)
+    for name in ("1", "00", "02.txt", "01.txt", "12.txt", "a/b/03.txt", ".04.txt"):
         (tmp_path / "texts" / name).touch()
-    names = [file.name for file in list_files(f"{tmp_path}/te*/0*.txt")]
-    assert names == ["texts/01.txt", "texts/02.txt"]
+    assert [file.name for file in list_files(f"{tmp_path}/{source}")] == names
 
 
 def test_files_come_once_and_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
@@ -119,9 +128,10 @@ def test_odd_names_and_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     (source / "nowhere").symlink_to(source / "gone")
     (source / "zlink").symlink_to(source / "*.txt")
     os.mkfifo(source / "pipe")
-    listed = list_files(str(source))
-    assert [os.fsencode(file.name) for file in listed] == sorted([*names, b"zlink"])
-    assert "4 links to folders or to nowhere, pipes or sockets" in capfd.readouterr().err
+    for spelt in (source, source / "**", source / "**" / "*"):
+        listed = list_files(str(spelt))
+        assert [os.fsencode(file.name) for file in listed] == sorted([*names, b"zlink"])
+        assert "4 links to folders or to nowhere, pipes or sockets" in capfd.readouterr().err
     said = prepare(Prepare(str(source), str(tmp_path / "out"), held_out=0.3, processes=1))
     assert "none skipped" in said
 
