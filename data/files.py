@@ -85,7 +85,7 @@ def describe(source: str) -> str:
     """The source in words, without a machine's paths."""
     if source == STDLIB:
         return f"the standard library of Python {platform.python_version()}, *.py without its tests"
-    return Path(source).name
+    return Path(os.path.abspath(source)).name
 
 
 def _look_at(path: Path, root: Path) -> File:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import Refused
-from data.files import STDLIB, File, Files, list_files
+from data.files import STDLIB, File, Files, describe, list_files
 from data.portions import FILE, cut, open_files
 from data.prepare import Prepare, prepare
 from data.records import Record, hash64
@@ -88,6 +88,12 @@ def test_a_glob_names_files_from_where_it_begins(source: str, names: list[str], 
     for name in ("1", "00", "02.txt", "01.txt", "12.txt", "a/b/03.txt", ".04.txt"):
         (tmp_path / "texts" / name).touch()
     assert [file.name for file in list_files(f"{tmp_path}/{source}")] == names
+
+
+def test_a_folder_is_called_by_its_name_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "texts")
+    assert {describe(source) for source in (".", "a/..", "../texts/", str(tmp_path / "texts"))} == {"texts"}
 
 
 def test_files_come_once_and_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
