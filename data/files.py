@@ -76,6 +76,10 @@ def list_files(source: str) -> Files:
         files = Files(_look_at(path, root) for path in paths)
     except OSError as error:
         raise Refused(f"source '{source}' cannot be listed: {error}.") from None
+    except sqlite3.Error as error:
+        raise RuntimeError(
+            f"the list of files does not go into a temporary file ({error}); set TMPDIR to a folder with room for it"
+        ) from None
     if next(iter(files), None) is None:
         raise Refused(f"source '{source}' names no file; give 'stdlib', a file, a folder, a glob or datasets:NAME.")
     return files

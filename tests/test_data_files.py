@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import tracemalloc
@@ -94,6 +95,17 @@ def test_a_folder_is_called_by_its_name_however_it_is_spelt(tmp_path: Path, monk
     (tmp_path / "texts/a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "texts")
     assert {describe(source) for source in (".", "a/..", "../texts/", str(tmp_path / "texts"))} == {"texts"}
+
+
+def test_a_list_of_files_that_does_not_fit_says_where_it_should_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").touch()
+    full = sqlite3.connect("", check_same_thread=False)
+    full.execute("PRAGMA max_page_count = 1")
+    monkeypatch.setattr(sqlite3, "connect", lambda *_, **__: full)
+    with pytest.raises(RuntimeError, match=r"temporary file \(database or disk is full\); set TMPDIR to a folder"):
+        list_files(str(tmp_path))
 
 
 def test_files_come_once_and_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
