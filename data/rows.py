@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -112,11 +113,10 @@ def open_rows(asked: Rows) -> RowTexts:
 def open_parquet(source: str, files: Files, rows: int | None, text_key: str, max_document: int) -> RowTexts:
     """Parquet files, each row group a portion, of which the text column alone is read."""
     _quieten()
+    paths = [glob.escape(file.path) for file in files]  # the library takes each for a pattern
     builder = _try(
         source,
-        lambda: datasets.load_dataset_builder(
-            "parquet", data_files=[file.path for file in files], columns=[text_key], batch_size=ROWS
-        ),
+        lambda: datasets.load_dataset_builder("parquet", data_files=paths, columns=[text_key], batch_size=ROWS),
     )
     asked = Rows(source, None, None, "train", True, rows, text_key, max_document)
     try:
