@@ -97,7 +97,7 @@ def prepare(request: Prepare) -> str:
             made = join(parts, whole, tokenizer, settings, texts.name)
         if made.splits["train"].documents == 0:
             raise Refused(f"{request.source} holds no document to train on: {_counts(made)}.")
-        os.rename(whole, out)
+        os.rename(whole, out.resolve())
     return f"{out}: {_counts(made)}."
 
 
@@ -141,7 +141,9 @@ def _already_there(out: Path, settings: dict[str, Any]) -> str:
 
 
 def _work_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.preparing")
+    """Beside `out`, or beside what it links to: a folder is renamed within a disk, and not onto a link."""
+    place = out.resolve()
+    return place.with_name(f"{place.name}.preparing")
 
 
 @contextmanager

@@ -95,6 +95,21 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["corpus"], "nothing else is left"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_out_may_be_a_link_to_an_empty_folder_or_to_where_one_is_to_be(there: bool, tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    if there:
+        (disk / "corpus").mkdir()
+    link.symlink_to(disk / "corpus")
+    request = Prepare(str(write_texts(tmp_path / "texts")), str(link), processes=1)
+    prepare(request)
+    assert "is whole" in verify(Verify(str(disk / "corpus")))
+    assert link.is_symlink()
+    assert "already prepared" in prepare(request)
+    assert sorted(path.name for path in (*tmp_path.iterdir(), *disk.iterdir())) == ["corpus", "disk", "link", "texts"]
+
+
 def word_tokenizer(path: Path, special: list[str]) -> Path:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
