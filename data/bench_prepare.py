@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.schema import Refused
 from data.manifest import Manifest
 from data.part import token_type
 from data.prepare import Prepare, prepare
@@ -40,19 +41,35 @@ class BenchPrepare(TextSource):
     processes: int = field(default=2, metadata={"help": "worker processes of each"})
     repeats: int = field(default=3, metadata={"help": "times each is run, in turn; the median of each counts"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.processes, self.repeats) < 1:
+            raise ValueError(f"processes is {self.processes} and repeats {self.repeats}, but at least 1 is needed.")
+
 
 def bench_prepare(request: BenchPrepare) -> str:
     """Seconds of each from a fresh process and an empty folder, so that neither profits from a cache.
 
     Raises Refused where the source cannot be used, RuntimeError where the two do not make as many tokens.
     """
+    # refused here, not where it is timed
+    _ = open_tokenizer(request.tokenizer, request.end_of_document).end_of_document
     runs: dict[str, list[Run]] = {"prepare": [], "datasets": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "texts.parquet")
         documents, num_bytes = _write_parquet(request, path)
+        if not documents:
+            raise Refused(f"{request.source} holds no document; name a source that does.")
+        timed = BenchPrepare(  # of the keys that say where text comes from, only the limit holds for what is there now
+            str(path),
+            max_document=request.max_document,
+            tokenizer=request.tokenizer,
+            end_of_document=request.end_of_document,
+            processes=request.processes,
+        )
         for _ in range(request.repeats):
             for name, measured in runs.items():
-                measured.append(_fresh_process(name, dataclasses.replace(request, source=str(path), text_key="text")))
+                measured.append(_fresh_process(name, timed))
     tokens = {run.tokens for measured in runs.values() for run in measured}
     if len(tokens) != 1:
         raise RuntimeError(f"the two did not make as many tokens: {sorted(tokens)}")

@@ -289,6 +289,13 @@ def command(*words: str, prefix: list[str] | None = None) -> subprocess.Complete
         ),
         pytest.param(["verify", "path={}/none"], "holds no prepared corpus", id="verify-nothing"),
         pytest.param(["bench", "path={}/none"], "holds no prepared corpus", id="bench-nothing"),
+        pytest.param(["bench-prepare", "source={}/blank"], "blank holds no document", id="bench-of-blanks"),
+        pytest.param(["bench-prepare", "source={}/texts", "repeats=0"], "at least 1", id="bench-no-run"),
+        pytest.param(
+            ["bench-prepare", "source={}/texts", "tokenizer={}/two.json"],
+            "Give end_of_document=TOKEN",
+            id="bench-end-of-document-unclear",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_changes_nothing(words: list[str], sentence: str, tmp_path: Path) -> None:

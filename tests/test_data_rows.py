@@ -16,6 +16,8 @@ import pytest
 from pyarrow import parquet
 
 from conf.schema import Refused
+from data import bench_prepare
+from data.bench_prepare import BenchPrepare, Run
 from data.manifest import Manifest
 from data.prepare import Prepare, prepare
 from data.records import EMPTY, NO_TEXT, NOT_UTF8
@@ -91,6 +93,25 @@ def test_parquet_becomes_the_corpus_of_the_same_jsonl(folder: Path, tmp_path: Pa
     assert made[0].skipped == made[1].skipped == {EMPTY: 2, NO_TEXT: 1}
     assert made[0].cut == made[1].cut > 0
     assert all(split.documents for split in made[0].splits.values())
+
+
+def test_what_is_timed_is_a_parquet_file_of_the_documents_wherever_they_came_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def run(name: str, request: BenchPrepare) -> Run:
+        timed.append((name, read(request), request.processes))
+        return Run({name: (1.0, 1.0)}, 1, 0)
+
+    monkeypatch.setattr(bench_prepare, "_fresh_process", run)
+    source = BenchPrepare(
+        "datasets:json", data_files=f"{folder}/a.jsonl", rows=60, max_document=LIMIT, processes=3, repeats=2
+    )
+    bench_prepare.bench_prepare(source)
+    expected = [text for text, *_ in read(source) if text is not None]
+    assert [name for name, *_ in timed] == ["prepare", "datasets"] * 2
+    assert all([text for text, *_ in found] == expected and processes == 3 for _, found, processes in timed)
 
 
 def test_the_first_rows_are_those_of_the_whole(folder: Path) -> None:
