@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.schema import Refused
-from data.manifest import Manifest, Split, sha256
+from data.manifest import ANEW, Manifest, Split, sha256
 from data.megatron import indexed_dataset
 from data.source import Facts, Window, random_bits
 
@@ -45,8 +45,6 @@ class Corpus:
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = Manifest.read(folder)
-        if split not in manifest.splits:
-            raise Refused(f"{folder} has no split '{split}'; prepare the corpus again.")
         facts = manifest.splits[split]
         self._check_files(folder, split, manifest)
         self.name = f"{folder} ({split})"
@@ -115,18 +113,14 @@ class Corpus:
         for suffix, size in (("bin", facts.bin_bytes), ("idx", facts.idx_bytes)):
             path = folder / f"{split}.{suffix}"
             if not path.is_file():
-                raise Refused(f"{path} is missing although the manifest names it; prepare the corpus again.")
+                raise Refused(f"{path} is missing although the manifest names it; {ANEW}.")
             if (actual := path.stat().st_size) != size:
                 state = "truncated" if actual < size else "too long"
-                raise Refused(
-                    f"{path} is {state}: {actual} bytes where the manifest says {size}; prepare the corpus again."
-                )
+                raise Refused(f"{path} is {state}: {actual} bytes where the manifest says {size}; {ANEW}.")
         if facts.bin_bytes <= CHECKED_WHOLE and (
             sha256(folder / f"{split}.bin", folder / f"{split}.idx") != facts.sha256
         ):
-            raise Refused(
-                f"{folder}/{split}.bin or .idx is damaged: its hash is not the manifest's; prepare the corpus again."
-            )
+            raise Refused(f"{folder}/{split}.bin or .idx is damaged: its hash is not the manifest's; {ANEW}.")
 
     @staticmethod
     def _read_index(prefix: Path, facts: Split) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
@@ -136,7 +130,7 @@ class Corpus:
             lengths = dataset.index.sequence_lengths.astype(np.int64)
             begins = dataset.index.sequence_pointers // dataset.index.dtype_size
         except (AssertionError, ValueError, KeyError, struct.error) as error:
-            raise Refused(f"{prefix}.idx is not a Megatron index ({error}); prepare the corpus again.") from None
+            raise Refused(f"{prefix}.idx is not a Megatron index ({error}); {ANEW}.") from None
         in_file = facts.bin_bytes // dataset.index.dtype_size
         if (
             facts.tokens != in_file
@@ -144,5 +138,5 @@ class Corpus:
             or (begins + lengths).max() > in_file
             or begins.min() < 0
         ):
-            raise Refused(f"{prefix}.bin does not hold what {prefix}.idx says; prepare the corpus again.")
+            raise Refused(f"{prefix}.bin does not hold what {prefix}.idx says; {ANEW}.")
         return dataset, lengths, begins

@@ -119,7 +119,7 @@ class Loader:
         if tokens.max() >= self.source.vocab or tokens.min() < 0:
             raise ValueError(
                 f"the data holds token id {tokens.max()}, beyond its vocabulary of {self.source.vocab}; "
-                "the files are damaged: prepare them again."
+                "the files are damaged: remove the corpus and prepare it again."
             )
         document, position = _pieces(windows, tokens.shape)
         ids = tokens[:, :S]

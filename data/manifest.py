@@ -12,6 +12,7 @@ from typing import Any, Literal
 from conf.schema import Refused, build
 
 NAME = "manifest.json"
+ANEW = "remove the corpus and prepare it again"  # prepare leaves one that is there alone, damaged or not
 
 SplitName = Literal["train", "valid"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid")
@@ -58,6 +59,10 @@ class Manifest:
     skipped: dict[str, int]
     cut: int = 0
 
+    def __post_init__(self) -> None:
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"splits are {', '.join(self.splits) or 'none'}, but {' and '.join(SPLITS)} are needed")
+
     def write(self, folder: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
         (folder / NAME).write_text(text + "\n", encoding="utf-8")
@@ -74,12 +79,12 @@ class Manifest:
                 f"make one with `python -m data prepare source=stdlib out={folder}`, or name another path."
             ) from None
         except (OSError, ValueError, RecursionError) as error:
-            raise Refused(f"{path} cannot be read ({error}); prepare the corpus again.") from None
+            raise Refused(f"{path} cannot be read ({error}); {ANEW}.") from None
         try:
             return build(Manifest, values, "manifest")
         except Refused as refusal:
             sentence = str(refusal).rstrip(".")
-            raise Refused(f"{path} is no manifest of this version ({sentence}); prepare the corpus again.") from None
+            raise Refused(f"{path} is no manifest of this version ({sentence}); {ANEW}.") from None
 
 
 def sha256(*paths: Path) -> str:

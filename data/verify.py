@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conf.schema import Refused
 from data.corpus import Config
-from data.manifest import SPLITS, Manifest, sha256
+from data.manifest import ANEW, SPLITS, Manifest, sha256
 
 
 @dataclass(frozen=True)
@@ -25,5 +25,5 @@ def verify(request: Verify) -> str:
         if manifest.splits[split].tokens:
             Config(request.path, split).open()
         if sha256(folder / f"{split}.bin", folder / f"{split}.idx") != manifest.splits[split].sha256:
-            raise Refused(f"{folder}/{split}.bin or .idx is damaged: its hash is not the manifest's; prepare it again.")
+            raise Refused(f"{folder}/{split}.bin or .idx is damaged: its hash is not the manifest's; {ANEW}.")
     return f"{folder} is whole: every byte is as the manifest says."

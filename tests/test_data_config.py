@@ -138,31 +138,32 @@ def state(key: str, value: Any) -> Callable[[Path], None]:
     return damage
 
 
+def without_validation(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["splits"]["valid"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        pytest.param(
-            remove("manifest.json"),
-            "no prepared corpus .* make one with .python -m data prepare",
-            id="no-manifest",
-        ),
         pytest.param(lambda f: (f / "manifest.json").write_text("{"), "cannot be read", id="manifest-cut"),
         pytest.param(lambda f: (f / "manifest.json").write_text("[]"), "a mapping of keys is needed", id="no-mapping"),
         pytest.param(state("tokens", "many"), "tokens is 'many'", id="manifest-with-a-wrong-type"),
+        pytest.param(without_validation, "splits are train, but train and valid are needed", id="a-split-less"),
         pytest.param(remove("train.bin"), "train.bin is missing", id="no-bin"),
         pytest.param(remove("train.idx"), "train.idx is missing", id="no-idx"),
         pytest.param(cut("train.bin"), r"train.bin is truncated: \d+ bytes where .* \d+", id="truncated-bin"),
         pytest.param(cut("train.idx"), "train.idx is truncated", id="truncated-idx"),
         pytest.param(flip("train.bin", 3), "is damaged", id="flipped-byte-in-bin"),
         pytest.param(flip("train.idx", 40), "is damaged", id="flipped-byte-in-idx"),
-        pytest.param(state("tokens", 0), "has an empty split 'train'", id="empty"),
         pytest.param(lambda f: (f / "train.bin").write_bytes(b""), "truncated: 0 bytes", id="emptied-bin"),
     ],
 )
 def test_a_damaged_corpus_is_refused(damage: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "corpus", [[1, 2, 3], [4, 5]], vocab=9)
     damage(folder)
-    with pytest.raises(Refused, match=sentence):
+    with pytest.raises(Refused, match=f"{sentence}.*; remove the corpus"):
         Config(str(folder)).open()
 
 
@@ -189,10 +190,11 @@ def test_a_corpus_too_large_to_hash_is_still_checked_by_its_index(
         Config(str(folder)).open()
 
 
-@pytest.mark.parametrize("path", ["nowhere", "file"])
+@pytest.mark.parametrize("path", ["nowhere", "file", "folder"])
 def test_a_path_without_a_corpus_is_refused(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(Refused, match="holds no prepared corpus"):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(Refused, match=r"holds no prepared corpus .* make one with .python -m data prepare"):
         Config(str(tmp_path / path)).open()
 
 
