@@ -51,11 +51,14 @@ class TrainTokenizer(TextSource):
 def train_tokenizer(request: TrainTokenizer) -> str:
     """Train and write OUT in one act. The same source and settings give the same file.
 
-    Raises Refused where the source cannot be used or OUT is there already.
+    Raises Refused where the source cannot be used, OUT is there already or cannot be.
     """
     out = Path(request.out)
     if out.exists():
         raise Refused(f"{out} exists; choose another out or remove it.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):  # learning takes minutes
+        raise Refused(f"{out} cannot be made in {above}; choose another out.")
     # the library runs this process's signal handlers only when it has done
     made = run_apart(_train, request, modules=[__name__, "tokenizers"])
     if not made.documents:

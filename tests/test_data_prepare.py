@@ -287,6 +287,11 @@ def command(*words: str, prefix: list[str] | None = None) -> subprocess.Complete
             "leave end_of_document out",
             id="end-of-document-of-bytes",
         ),
+        pytest.param(
+            ["train-tokenizer", "source={}/texts", "out={}/blank/a.txt/o"],
+            "o cannot be made in .*a.txt; choose another out",
+            id="tokenizer-below-a-file",
+        ),
         pytest.param(["verify", "path={}/none"], "holds no prepared corpus", id="verify-nothing"),
         pytest.param(["bench", "path={}/none"], "holds no prepared corpus", id="bench-nothing"),
         pytest.param(["bench-prepare", "source={}/blank"], "blank holds no document", id="bench-of-blanks"),
