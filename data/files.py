@@ -85,6 +85,14 @@ def list_files(source: str) -> Files:
     return files
 
 
+def check_unchanged(path: str, size: int, modified: int, found: os.stat_result) -> None:
+    """Raises OSError where a file that was listed with that size and time of change has another now."""
+    if found.st_size != size:
+        raise OSError(f"{path} changed while it was read: {found.st_size} bytes where it had {size}")
+    if found.st_mtime_ns != modified:
+        raise OSError(f"{path} changed while it was read: it was written to after it was listed")
+
+
 def describe(source: str) -> str:
     """The source in words, without a machine's paths."""
     if source == STDLIB:

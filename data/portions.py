@@ -71,6 +71,9 @@ class FileTexts:
     def portions(self) -> Iterator[FilePortion]:
         return (FilePortion(chunks, self.text_key, self.max_document) for chunks in self._cut())
 
+    def check_unchanged(self) -> None:
+        """Each portion does it, of each of its files."""
+
     def _cut(self) -> Iterator[list[Chunk]]:
         total = sum(file.size + FILE for file in self.files)
         return cut(self.files, min(max(total // 256, SMALLEST), PORTION), self.max_document)

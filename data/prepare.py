@@ -95,6 +95,7 @@ def prepare(request: Prepare) -> str:
         whole = work / WHOLE
         with closing(make_all_parts(jobs, modules, request.processes, texts.size)) as parts:
             made = join(parts, whole, tokenizer, settings, texts.name)
+        texts.check_unchanged()
         if made.splits["train"].documents == 0:
             raise Refused(f"{request.source} holds no document to train on: {_counts(made)}.")
         os.rename(whole, out.resolve())

@@ -78,6 +78,10 @@ class Texts(Protocol):
         """The same each time, of one type, and at least one; made as they are asked for, since there may be many."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Once all is read: raises OSError where the source changed since it was listed and no portion could tell."""
+        ...
+
 
 def hash64(content: bytes) -> int:
     """64 bits of `content`."""

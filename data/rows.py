@@ -10,9 +10,10 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ import datasets
 import pyarrow as pa
 
 from conf.schema import Refused
-from data.files import Files, describe, list_files
+from data.files import File, Files, check_unchanged, describe, list_files
 from data.records import NO_TEXT, PORTION, Record, place_digest, records
 
 ROWS = 256  # rows asked of the library at once
@@ -57,7 +58,10 @@ class RowPortion:
 
 @dataclass(frozen=True)
 class RowTexts:
-    """`of` portions of a stream of rows, as Texts; `of` is 0 where the stream is one portion."""
+    """`of` portions of a stream of rows, as Texts; `of` is 0 where the stream is one portion.
+
+    files: those that it was listed from, where it was not the library that found them.
+    """
 
     name: str
     fingerprint: str
@@ -67,6 +71,7 @@ class RowTexts:
     of: int
     text_key: str
     max_document: int
+    files: Iterable[File]
     many = True
 
     def names(self) -> Iterator[str]:
@@ -75,6 +80,10 @@ class RowTexts:
     def portions(self) -> Iterator[RowPortion]:
         for index in range(max(self.of, 1)):
             yield RowPortion(self.stream, index, self.of, self.text_key, self.max_document)
+
+    def check_unchanged(self) -> None:
+        for file in self.files:
+            check_unchanged(file.path, file.size, file.modified, os.stat(file.path))
 
 
 @dataclass(frozen=True)
@@ -123,10 +132,10 @@ def open_parquet(source: str, files: Files, rows: int | None, text_key: str, max
         stream = _open(asked, builder).reshard()
     except ValueError as error:
         raise Refused(f"source {source} has no column '{text_key}' ({error}); give text_key=COLUMN.") from None
-    return _texts(asked, describe(source), stream, files.fingerprint(), [file.modified for file in files])
+    return _texts(asked, describe(source), stream, files.fingerprint(), files)
 
 
-def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = None) -> RowTexts:
+def _texts(asked: Rows, name: str, found: Any, fingerprint: str, files: Iterable[File] = ()) -> RowTexts:
     if found.column_names is not None and asked.text_key not in found.column_names:
         columns = ", ".join(found.column_names)
         raise Refused(f"{asked.name} has no column '{asked.text_key}' but {columns}; give text_key=COLUMN.")
@@ -145,8 +154,9 @@ def _texts(asked: Rows, name: str, found: Any, fingerprint: str, plan: object = 
     else:
         of = found.num_shards
     stream = pickle.dumps(found)
-    plan = hashlib.sha256(json.dumps([of, plan]).encode()).hexdigest()
-    return RowTexts(name, fingerprint, plan, size if of else None, stream, of, asked.text_key, asked.max_document)
+    plan = hashlib.sha256(json.dumps([of, [file.modified for file in files]]).encode()).hexdigest()
+    size = size if of else None
+    return RowTexts(name, fingerprint, plan, size, stream, of, asked.text_key, asked.max_document, files)
 
 
 def _open(asked: Rows, builder: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from data.files import check_unchanged
 from data.records import (
     MALFORMED,
     NO_TEXT,
@@ -75,11 +76,7 @@ def read_records(chunk: Chunk, text_key: str, max_document: int) -> Iterator[Rec
 
 
 def _check_unchanged(chunk: Chunk, file: BinaryIO) -> None:
-    found = os.fstat(file.fileno())
-    if found.st_size != chunk.size:
-        raise OSError(f"{chunk.path} changed while it was read: {found.st_size} bytes where it had {chunk.size}")
-    if found.st_mtime_ns != chunk.modified:
-        raise OSError(f"{chunk.path} changed while it was read: it was written to after it was listed")
+    check_unchanged(chunk.path, chunk.size, chunk.modified, os.fstat(file.fileno()))
 
 
 def _whole(chunk: Chunk, file: BinaryIO, max_document: int) -> Record:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 from pyarrow import parquet
 
 from conf.schema import Refused
-from data import bench_prepare
+from data import bench_prepare, join
+from data import prepare as preparing
 from data.bench_prepare import BenchPrepare, Run
 from data.manifest import Manifest
 from data.prepare import Prepare, prepare
@@ -118,6 +121,22 @@ def test_the_first_rows_are_those_of_the_whole(folder: Path) -> None:
     first = read(TextSource(f"{folder}/parquet", rows=60))
     assert len(first) == 60
     assert first == read(TextSource(f"{folder}/parquet"))[:60]
+
+
+def test_a_file_that_is_written_to_meanwhile_fails_the_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(folder / "parquet", tmp_path / "parquet")
+
+    def join_meanwhile(parts: Iterator[Path], *arguments: Any) -> Manifest:
+        parts = iter([*parts])
+        os.utime(source / "0.parquet", ns=(0, 1))
+        return join.join(parts, *arguments)
+
+    monkeypatch.setattr(preparing, "join", join_meanwhile)
+    with pytest.raises(OSError, match=r"0\.parquet changed while it was read"):
+        prepare(Prepare(str(source), str(tmp_path / "out"), processes=1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
