@@ -73,8 +73,8 @@ class Loader:
         """The same batches on every call: `num_samples` windows spread evenly over an epoch, or all of it where it has
         no more; None means all. Of an endless source, the first.
 
-        Every target of an epoch counts once. The last batch is filled up with windows in which nothing is scored, so
-        that every rank sees as many batches, each of `batch_size` windows over all ranks.
+        Every target of an epoch counts once. The last batch is filled up with the last window, in which nothing is
+        scored then, so that every rank sees as many batches, each of `batch_size` windows over all ranks.
         """
         share = self._share(batch_size)
         total = self.num_windows
@@ -83,8 +83,9 @@ class Loader:
         count = min(n for n in (num_samples, total) if n is not None)
         for begin in range(0, count, batch_size):
             mine = range(begin + self.rank * share, begin + (self.rank + 1) * share)
+            filled = [min(n, count - 1) for n in mine]  # a window behind them may lie in an epoch still to be drawn
             # neighbours are often of one document, and a few documents say little of a corpus
-            places = [n * total // count if total is not None else n for n in mine]
+            places = [n if total is None else n * total // count for n in filled]
             inputs = [self._inputs(place) if n < count else 0 for n, place in zip(mine, places, strict=True)]
             yield self._assemble(places, np.array(inputs))
 
