@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LONGEST_FOLDER = 70  # bytes: the path of a socket has at most 103 on some systems, and multiprocessing adds 32
 KILLED = "a process that did the work was killed, perhaps for want of memory"
 
 # shared with the parent
@@ -35,8 +37,12 @@ def usable_cores() -> int:
 def worker_context(modules: list[str]) -> ForkServerContext:
     """Workers are forked from a small process made for that, which has `modules` imported and no threads.
 
-    A fork of this process, which may have threads, could hang; a fresh interpreter for each would import anew.
+    A fork of this process, which may have threads, could hang; a fresh interpreter for each would import anew. Raises
+    RuntimeError where TMPDIR is too long for their sockets.
     """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise RuntimeError(f"{folder} is too long for the sockets of worker processes; set TMPDIR to a shorter folder")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(modules)
     return context

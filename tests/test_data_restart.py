@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +213,11 @@ def test_what_is_started_while_signals_are_held_up_gets_no_ctrl_c() -> None:
         child = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True)
     assert child.stdout == "True\n"
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_temporary_folder_too_long_for_a_socket_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("x" * workers.LONGEST_FOLDER)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(RuntimeError, match=r"x is too long for the sockets .* set TMPDIR to a shorter folder"):
+        workers.run_apart(len, "text", modules=[])
