@@ -108,7 +108,8 @@ def open_rows(asked: Rows) -> RowTexts:
         if isinstance(stored, datasets.DatasetDict):
             _check_split(asked, list(stored))
             stored = stored[asked.split]
-        return _texts(asked, describe(asked.name), stored, list_files(asked.name).fingerprint())
+        files = list_files(asked.name)
+        return _texts(asked, describe(asked.name), stored, files.fingerprint(), files)
     builder = _try(
         asked.name, lambda: datasets.load_dataset_builder(asked.name, asked.subset, data_files=asked.data_files)
     )

@@ -123,19 +123,26 @@ def test_the_first_rows_are_those_of_the_whole(folder: Path) -> None:
     assert first == read(TextSource(f"{folder}/parquet"))[:60]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "prefix"),
+    [
+        pytest.param("parquet", "0.parquet", "", id="parquet"),
+        pytest.param("saved", "data-00001-of-00003.arrow", "datasets:", id="saved"),
+    ],
+)
 def test_a_file_that_is_written_to_meanwhile_fails_the_whole(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, prefix: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = shutil.copytree(folder / "parquet", tmp_path / "parquet")
+    source = shutil.copytree(folder / kind, tmp_path / kind)
 
     def join_meanwhile(parts: Iterator[Path], *arguments: Any) -> Manifest:
         parts = iter([*parts])
-        os.utime(source / "0.parquet", ns=(0, 1))
+        os.utime(source / name, ns=(0, 1))
         return join.join(parts, *arguments)
 
     monkeypatch.setattr(preparing, "join", join_meanwhile)
-    with pytest.raises(OSError, match=r"0\.parquet changed while it was read"):
-        prepare(Prepare(str(source), str(tmp_path / "out"), processes=1))
+    with pytest.raises(OSError, match=f"{name} changed while it was read"):
+        prepare(Prepare(f"{prefix}{source}", str(tmp_path / "out"), processes=1))
     assert not (tmp_path / "out").exists()
 
 
