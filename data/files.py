@@ -93,6 +93,11 @@ def check_unchanged(path: str, size: int, modified: int, found: os.stat_result) 
         raise OSError(f"{path} changed while it was read: it was written to after it was listed")
 
 
+def may(path: Path, mode: int) -> bool:
+    """Whether this user may do to `path` what `os.R_OK` or another `mode` says."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
 def describe(source: str) -> str:
     """The source in words, without a machine's paths."""
     if source == STDLIB:
@@ -102,7 +107,7 @@ def describe(source: str) -> str:
 
 def _look_at(path: Path, root: Path) -> File:
     facts = path.stat()
-    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not may(path, os.R_OK):
         raise Refused(f"{path} may not be read by this user; change its mode, or leave it out of the source.")
     return File(path.relative_to(root).as_posix(), str(path), facts.st_size, facts.st_mtime_ns)
 

@@ -78,7 +78,9 @@ class Manifest:
                 f"{folder} holds no prepared corpus ({NAME} is missing); "
                 f"make one with `python -m data prepare source=stdlib out={folder}`, or name another path."
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise Refused(f"{path} cannot be read ({error.strerror}); see to that, or name another path.") from None
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{path} cannot be read ({error}); {ANEW}.") from None
         try:
             return build(Manifest, values, "manifest")

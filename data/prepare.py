@@ -109,7 +109,7 @@ def _held_out_by(request: Prepare, texts: Texts) -> By:
 
 
 def _check_place(out: Path, source: Path) -> None:
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+    if os.path.isdir(source) and out.resolve().is_relative_to(source.resolve()):
         raise Refused(f"out {out} lies inside the source {source} and would become part of it; choose another.")
     for above in out.parents:
         if above.exists() and not above.is_dir():
@@ -234,7 +234,7 @@ def make_all_parts(jobs: Iterator[Job], modules: list[str], processes: int, size
 
 def _is_taken(out: Path) -> bool:
     """Whether there is something other than an empty folder."""
-    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    return os.path.exists(out) and not (out.is_dir() and not any(out.iterdir()))
 
 
 def _counts(made: Manifest) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from conf.schema import Refused
+from data.files import may
 from data.pieces import PIECE
 from data.records import Texts
 from data.texts import TextSource
@@ -54,10 +55,10 @@ def train_tokenizer(request: TrainTokenizer) -> str:
     Raises Refused where the source cannot be used, OUT is there already or cannot be.
     """
     out = Path(request.out)
-    if out.exists():
+    if os.path.exists(out):
         raise Refused(f"{out} exists; choose another out or remove it.")
     above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):  # learning takes minutes
+    if not above.is_dir() or not may(above, os.W_OK):  # learning takes minutes
         raise Refused(f"{out} cannot be made in {above}; choose another out.")
     # the library runs this process's signal handlers only when it has done
     made = run_apart(_train, request, modules=[__name__, "tokenizers"])

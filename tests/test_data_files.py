@@ -7,7 +7,9 @@ import sqlite3
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,10 +17,12 @@ from hypothesis import strategies as st
 
 from conf.schema import Refused
 from data.files import STDLIB, File, Files, describe, list_files
+from data.manifest import Manifest
 from data.portions import FILE, cut, open_files
 from data.prepare import Prepare, prepare
 from data.records import Record, hash64
 from data.split import HeldOut
+from data.train_tokenizer import TrainTokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,21 +176,36 @@ def test_a_name_that_is_no_text_is_told_without_failing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_file_of_somebody_else_is_refused_by_name(tmp_path: Path) -> None:
-    source = tmp_path / "texts"
-    source.mkdir()
-    (source / "mine.txt").write_text("text")
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
-    (source / "mine.txt").chmod(0o000)
+@pytest.mark.parametrize(
+    ("use", "sentence"),
+    [
+        pytest.param(lambda f: list_files(f"{f}/texts"), r"mine\.txt may not be read by this user", id="file"),
+        pytest.param(lambda f: prepare(Prepare(f"{f}/mine/a", f"{f}/o")), "cannot be listed: .*denied", id="source"),
+        pytest.param(lambda f: prepare(Prepare(f"{f}/theirs", f"{f}/mine/o")), "o.* cannot be written", id="out"),
+        pytest.param(
+            lambda f: train_tokenizer(TrainTokenizer(f"{f}/theirs", f"{f}/mine/o")), "o cannot be made in", id="bpe"
+        ),
+        pytest.param(lambda f: Manifest.read(f / "mine"), r"cannot be read \(Permission denied\); see", id="corpus"),
+    ],
+)
+def test_what_is_somebody_elses_is_refused_by_name(use: Callable[[Path], Any], sentence: str, tmp_path: Path) -> None:
+    for name in ("texts", "theirs", "mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts/mine.txt").touch(mode=0o000)
+    (tmp_path / "theirs/a.txt").write_text("text")
+    (tmp_path / "mine").chmod(0o000)
     me = os.geteuid()
     if me == 0:  # whom no mode keeps out
+        for folder in (tmp_path, *tmp_path.parents[:3]):
+            if not folder.stat().st_mode & 0o001:  # closed to whom the test becomes
+                folder.chmod(0o755)
         os.seteuid(65534)
     try:
-        with pytest.raises(Refused, match=r"mine\.txt may not be read by this user"):
-            list_files(str(source))
+        with pytest.raises(Refused, match=sentence):
+            use(tmp_path)
     finally:
         os.seteuid(me)
+        (tmp_path / "mine").chmod(0o755)  # so that it can be removed
 
 
 @pytest.mark.parametrize(
