@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -63,6 +64,10 @@ class Part:
 
     @staticmethod
     def read(path: Path) -> Part:
+        """Raises zipfile.BadZipFile where a byte of the file is another than was written."""
+        with zipfile.ZipFile(path) as stored:
+            if stored.testzip() is not None:
+                raise zipfile.BadZipFile(f"{path} is damaged")
         facts = json.loads(b"".join(block.tobytes() for block in blocks(path, "facts")))
         return Part(skipped=Counter(facts.pop("skipped")), **facts)
 
@@ -98,7 +103,7 @@ def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
 
 
 def make_parts(job: Job) -> list[Path]:
-    """The parts of the job's portion, in order; those that are there are left as they are.
+    """The parts of the job's portion, in order; those that are there and whole are left as they are.
 
     Raises workers.Stopped once the parent has given up.
     """
@@ -108,8 +113,12 @@ def make_parts(job: Job) -> list[Path]:
         path = job.part(number)
         if not path.exists():
             break
+        try:
+            part = Part.read(path)
+        except zipfile.BadZipFile:
+            print(f"{path} is damaged and made anew.", file=sys.stderr)
+            break
         paths.append(path)
-        part = Part.read(path)
         workers.progress(sum(part.bytes.values()))
         already += part.records
         if part.is_last:

@@ -103,7 +103,10 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts", "whole"]
 
 
-def test_a_portion_goes_on_behind_any_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_portion_goes_on_behind_any_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where one of them is damaged, from that one on."""
     monkeypatch.setattr(part, "PORTION", 60_000)
     monkeypatch.setattr(part, "BATCH", 10_000)
     monkeypatch.setattr(workers, "progress", lambda done: None)
@@ -123,6 +126,10 @@ def test_a_portion_goes_on_behind_any_of_its_parts(tmp_path: Path, monkeypatch: 
         for name in list(whole)[:kept]:
             (folder / name).write_bytes(whole[name])
         assert parts(folder) == whole
+    for content in (whole["0.00001.npz"][:-9], b"", whole["0.00001.npz"][:3000].ljust(len(whole["0.00001.npz"]))):
+        (tmp_path / "0" / "0.00001.npz").write_bytes(content)
+        assert parts(tmp_path / "0") == whole
+        assert "0.00001.npz is damaged and made anew" in capsys.readouterr().err
 
 
 def test_many_short_documents_fill_a_part_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
