@@ -57,6 +57,8 @@ def join(parts: Iterable[Path], whole: Path, tokenizer: Tokenizer, settings: dic
     )
     if tokenizer.file is not None:  # so that the corpus can be read back wherever it goes
         shutil.copyfile(tokenizer.file, whole / FILE_NAME)
+        if sha256(whole / FILE_NAME) != tokenizer.fingerprint:
+            raise OSError(f"{tokenizer.file} changed while text was encoded with it")
     made.write(whole)
     for file in whole.iterdir():
         _flush(file)

@@ -11,15 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from conf.schema import Refused
+from data import join
+from data import prepare as preparing
 from data.corpus import Config
 from data.loader import Loader
 from data.manifest import Manifest
@@ -110,6 +113,17 @@ def test_out_may_be_a_link_to_an_empty_folder_or_to_where_one_is_to_be(there: bo
     assert sorted(path.name for path in (*tmp_path.iterdir(), *disk.iterdir())) == ["corpus", "disk", "link", "texts"]
 
 
+def once_parts_are_made(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """`prepare` does `act` before it joins them."""
+
+    def joined(parts: Iterable[Path], *arguments: Any) -> Manifest:
+        made = [*parts]
+        act()
+        return join.join(made, *arguments)
+
+    monkeypatch.setattr(preparing, "join", joined)
+
+
 def word_tokenizer(path: Path, special: list[str]) -> Path:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -126,6 +140,19 @@ def test_a_hugging_face_tokenizer_neither_truncates_nor_reads_special_tokens_in_
     prepare(Prepare(str(tmp_path / "a.txt"), str(tmp_path / "out"), str(tokenizer), processes=1))
     assert documents(tmp_path / "out", "train") == [[0, 1, 0, 1, 0, 2, 1, 3]]
     assert Manifest.read(tmp_path / "out").vocab == 4
+
+
+def test_a_tokenizer_that_is_written_anew_meanwhile_fails_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corpus would hold another than the one that made its ids."""
+    tokenizer = word_tokenizer(tmp_path / "tokenizer.json", ["END"])
+    (tmp_path / "a.txt").write_text("a b")
+
+    once_parts_are_made(monkeypatch, lambda: word_tokenizer(tokenizer, ["STOP"]))
+    with pytest.raises(OSError, match=r"tokenizer\.json changed while text was encoded"):
+        prepare(Prepare(str(tmp_path / "a.txt"), str(tmp_path / "out"), str(tokenizer), processes=1))
+    assert not (tmp_path / "out").exists()
 
 
 NO_MORE_PARTS = """

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ import pytest
 from pyarrow import parquet
 
 from conf.schema import Refused
-from data import bench_prepare, join
-from data import prepare as preparing
+from data import bench_prepare
 from data.bench_prepare import BenchPrepare, Run
 from data.manifest import Manifest
 from data.prepare import Prepare, prepare
 from data.records import EMPTY, NO_TEXT, NOT_UTF8
 from data.rows import RowPortion
 from data.texts import TextSource
+from tests.test_data_prepare import once_parts_are_made
 
 LIMIT = 1000
 
@@ -134,13 +134,7 @@ def test_a_file_that_is_written_to_meanwhile_fails_the_whole(
     kind: str, name: str, prefix: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(folder / kind, tmp_path / kind)
-
-    def join_meanwhile(parts: Iterator[Path], *arguments: Any) -> Manifest:
-        parts = iter([*parts])
-        os.utime(source / name, ns=(0, 1))
-        return join.join(parts, *arguments)
-
-    monkeypatch.setattr(preparing, "join", join_meanwhile)
+    once_parts_are_made(monkeypatch, lambda: os.utime(source / name, ns=(0, 1)))
     with pytest.raises(OSError, match=f"{name} changed while it was read"):
         prepare(Prepare(f"{prefix}{source}", str(tmp_path / "out"), processes=1))
     assert not (tmp_path / "out").exists()
