@@ -6,7 +6,9 @@ the schema, which names the nearest key, instead of Hydra's own message.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,25 @@ def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
         raise Refused(f"{file} cannot be read ({fault(error)}); it must be YAML.") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in SECTIONS}
+
+
+def overrides(settings: Mapping[str, Any]) -> list[str]:
+    """As they are typed after `python -m train`."""
+    return [f"{key}={typed(value)}" for key, value in settings.items()]
+
+
+def typed(value: Any) -> str:
+    """A value in the grammar of overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {typed(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(typed, value)) + "]"
+    if isinstance(value, str):
+        if re.fullmatch(r"[\w/.-]+|\$\{[\w.]+\}", value, re.ASCII):
+            return value
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", f"{value}'")  # a backslash counts for one but before a quote
+        return f"'{escaped[:-2]}'"
+    return json.dumps(value)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -191,6 +191,11 @@ def test_compositions_that_are_refused(overrides: list[str], sentence: str) -> N
     assert str(refusal.value)[-1] in ".?"
 
 
+@pytest.mark.parametrize("text", ["runs/a-1", "a b", "ü/日本", "it's", "a\\", "a\\'b", "a\\\\'", "a=b,c", "~/x", " "])
+def test_a_text_is_typed_so_that_it_is_read_back(text: str) -> None:
+    assert compose(composing.overrides({"run.dir": text}))["run"]["dir"] == text
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from conf.compose import typed
 from conf.schema import Refused, build
 from launch.study import command, config, results
-from launch.study.config import Interaction, Study, typed
+from launch.study.config import Interaction, Study
 from launch.study.contrasts import Difference, interaction, paired, pairs_asked, recall, text_loss
 from launch.study.matching import match, multiplied
 from launch.study.plan import TRIAL_SEED, Command, Plan
@@ -115,10 +116,9 @@ def test_arms_that_cannot_be_matched_are_refused(arms: dict[str, dict[str, int]]
         match(study, SMALL)
 
 
-def test_settings_are_typed_as_hydra_reads_them() -> None:
+def test_a_plan_of_layers_is_typed_as_it_stands_in_yaml() -> None:
     value = [{"of": [{"attention": {"scheme": "gqa", "window": None}, "feedforward": "${moe}"}], "repeat": 2}]
     assert typed(value) == "[{of: [{attention: {scheme: gqa, window: null}, feedforward: ${moe}}], repeat: 2}]"
-    assert typed("it's") == "'it\\'s'"
 
 
 def run(arm: str, seed: int, bpb: float | None, answers: float = 0.5) -> Run:
@@ -340,7 +340,7 @@ def test_a_run_that_outlived_its_queue_is_not_begun_twice(tmp_path: Path) -> Non
 
 
 def test_a_study_goes_on_where_it_was_killed(toy: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "where it's kept"
     arguments = [f"study={toy}", f"out={out}", "workers=2", *SMALL]
     with subprocess.Popen([sys.executable, "-m", "launch", "study", *arguments], stderr=subprocess.PIPE) as first:
         deadline = time.monotonic() + 300

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from conf.compose import compose
+from conf.compose import compose, overrides
 from conf.schema import Refused
 from launch.demo.processes import Launched, typed
 from launch.report.record import Record, read
@@ -53,7 +53,8 @@ class Arm:
     @property
     def arguments(self) -> list[str]:
         """Of `python -m train`."""
-        return ["experiment=demo", f"attention={self.name}", f"run.dir={self.directory}", *self.overrides]
+        own = {"experiment": "demo", "attention": self.name, "run.dir": str(self.directory)}
+        return [*overrides(own), *self.overrides]
 
     @property
     def command(self) -> list[str]:

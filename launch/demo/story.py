@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from conf.compose import overrides
 from launch.demo.arm import RANKS, Arm, Interruption
 from launch.demo.processes import typed
 from launch.report import tables
@@ -33,7 +34,7 @@ def tell(comparison: Comparison, killed: Arm, interruption: Interruption | None,
     ratios = ", ".join(f"{a.name} {spread(a.quantities['entropy_ratio'], 'ratio')}" for a in comparison.arms)
     directories = [str(arm.records[0].directory) for arm in comparison.arms]
     mine = str(killed.directory.with_name("mine"))
-    change = ["train", "experiment=demo", "attention=mla", "attention.latent=8", f"run.dir={mine}"]
+    change = ["train", "experiment=demo", "attention=mla", "attention.latent=8", *overrides({"run.dir": mine})]
     compare = ["launch", "report", *directories, mine, "--out", "runs/report"]
     generate = ["models", "generate", "--model", directories[0], "--prompt", "def "]
     lines = [

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from conf.compose import compose
+from conf.compose import compose, overrides
 from conf.schema import Refused, build, unknown_choice
 from launch.report.record import read
 from launch.study import config, results
@@ -134,7 +134,7 @@ def _prepare(study: config.Study, common: tuple[str, ...]) -> tuple[Results, dic
         commands[name] = Command(mine, configs[name].train.steps)
     if study.tuning is not None:
         for value in study.tuning.values:
-            trial = config.overrides({study.tuning.key: value})
+            trial = overrides({study.tuning.key: value})
             run_config.read(compose([*commands[study.anchor].arguments, *trial]))
     configs[study.anchor].data.open()
     return Results(study, list(common), arms), commands

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import yaml
 
 from conf.compose import ROOT, choices
 from conf.schema import Refused, build, unknown_choice
-
-Settings = Mapping[str, Any]
 
 NAME = re.compile(r"[\w.-]+")
 
@@ -124,19 +121,3 @@ def load(name: str) -> Study:
     except yaml.YAMLError as error:
         raise Refused(f"{file} cannot be read ({type(error).__name__}); it must be YAML.") from None
     return replace(build(Study, values, "study"), shared=None)
-
-
-def overrides(settings: Settings) -> list[str]:
-    """As they are typed after `python -m train`."""
-    return [f"{key}={typed(value)}" for key, value in settings.items()]
-
-
-def typed(value: Any) -> str:
-    """A value in Hydra's grammar of overrides."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {typed(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(typed, value)) + "]"
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w/.-]+|\$\{[\w.]+\}", value) else "'" + value.replace("'", "\\'") + "'"
-    return json.dumps(value)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conf.compose import compose
+from conf.compose import compose, overrides
 from conf.schema import Refused
-from launch.study.config import Study, overrides
+from launch.study.config import Study
 from models import cost
 from models.cost import Parameters
 from train import config as run_config

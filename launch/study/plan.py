@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.study.config import overrides
+from conf.compose import overrides
 from launch.study.queue import Job, reached, run_name
 from launch.study.results import Results
 
@@ -91,8 +91,8 @@ class Plan:
     def _job(self, arm: str, seed: int, folder: str, value: float | None, trial: float | None = None) -> Job:
         command, tuning = self._commands[arm], self.known.study.tuning
         directory = self._directory(arm, folder)
-        given = [] if tuning is None or value is None else overrides({tuning.key: value})
-        own = [*given, f"train.seed={seed}", f"run.dir={directory}"]
+        given = {} if tuning is None or value is None else {tuning.key: value}
+        own = overrides({**given, "train.seed": seed, "run.dir": str(directory)})
         return Job(
             arm, seed, directory, [sys.executable, "-m", "train", *command.arguments, *own], command.steps,
             trial=trial, tuned=value,
