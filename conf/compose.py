@@ -102,8 +102,10 @@ def _prepare(override: Override, known: Sequence[str]) -> str:
     key = override.key_or_group
     if override.is_sweep_override():
         raise Refused(f"{line} gives several values, but this is one run; start one for each value.")
-    if key.partition(".")[0] == "hydra":
+    if re.split(r"[./]", key)[0] == "hydra":
         raise Refused(f"{line} is not read: Hydra only composes the configuration; run.dir names a run's directory.")
+    if key not in known and (ROOT / key).is_dir():  # Hydra would take it for a group of this configuration
+        raise Refused(f"{line} is not read: there is no group '{key}' here; there is: {', '.join(known)}.")
     if override.is_delete():
         return line
     if key in known:
@@ -111,13 +113,13 @@ def _prepare(override: Override, known: Sequence[str]) -> str:
         for choice in chosen if isinstance(chosen, list) and chosen else [chosen]:
             if choice not in choices(key):
                 raise Refused(unknown_choice(key, choice, choices(key)))
-        return line
+        return line.lstrip("+")
     return line if line.startswith("++") else f"++{line.lstrip('+')}"
 
 
 def _refuse_unread(config: DictConfig, overrides: list[Override]) -> None:
     """A section of building material that was asked for, but that the chosen model does not refer to."""
-    model = repr(OmegaConf.to_container(config.get("model"), resolve=False))
+    model = repr(config.get("model"))
     for override in overrides:
         section = override.key_or_group.partition(".")[0]
         if section in SECTIONS and f"${{{section}}}" not in model:

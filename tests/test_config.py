@@ -64,6 +64,7 @@ def test_an_experiment_overrides_a_group_and_the_command_line_both() -> None:
     assert smoke["train"]["steps"] != default["train"]["steps"]
     for overrides in (["experiment=smoke", "train.steps=7"], ["train.steps=7", "experiment=smoke"]):
         assert compose(overrides)["train"]["steps"] == 7
+    assert compose(["+attention=mla"]) == compose(["attention=mla"]), "a plus is no mistake, as for other keys"
     assert compose(["experiment=smoke", "attention=gqa"])["model"]["layers"][0]["of"][0]["attention"]["scheme"] == "gqa"
 
 
@@ -167,6 +168,10 @@ def test_a_missing_key_is_told() -> None:
         pytest.param(["a=b=c"], "cannot be read|cannot be composed", id="two equals signs"),
         pytest.param(["~train"], "train.seed' not found", id="a section deleted"),
         pytest.param(["~nothing"], "nothing", id="nothing deleted"),
+        pytest.param(["~model"], "model is missing; a mapping of keys is needed", id="the model deleted"),
+        pytest.param(["~=3"], "~=3 is not read", id="a deletion without a key"),
+        pytest.param(["cluster=cpu"], "no group 'cluster' here; there is: attention", id="a group of another command"),
+        pytest.param(["hydra/launcher=x"], "run.dir names a run's directory", id="a group of Hydra's own"),
         pytest.param(["train.steps=1,2"], "train.steps=1,2 gives several values", id="a sweep"),
         pytest.param(["model.layers=[]"], "layers must not be empty", id="no layers"),
         pytest.param(["model.layers=[{of: []}]"], "must hold at least one layer", id="an empty stack"),
