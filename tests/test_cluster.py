@@ -148,6 +148,7 @@ ENDED = [
     pytest.param({"exit": (1, "the disk")}, "failed", "the disk; it has no checkpoint", id="failed"),
     pytest.param({"exit": (75, "asked"), "saved": 5}, "stopped", "asked; .* from step 5 of 9", id="saved"),
     pytest.param({"log": ["exit 0: done"]}, "done", "step 7 of 9", id="a job that is done"),
+    pytest.param({"config": b"\xff", "exit": (0, "done")}, "done", r"step 7 of \?", id="no text for a configuration"),
     pytest.param(
         {"log": [SAVED, "exit 137: rank 3 on node n2: Killed; given up"], "exit": (1, "another rank"), "saved": 5},
         "failed",
@@ -165,8 +166,8 @@ ENDED = [
 
 @pytest.mark.parametrize(("left", "word", "what"), ENDED)
 def test_status_of_what_a_run_left(tmp_path: Path, left: dict[str, Any], word: str, what: str) -> None:
-    (tmp_path / "config.yaml").write_text("train: {steps: 9}\n")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"st')
+    (tmp_path / "config.yaml").write_bytes(left.get("config", b"train: {steps: 9}\n"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"of": 1}\n[1]\n{"st')
     (tmp_path / "log.txt").write_text("the beginning\nthe end\n")
     if "exit" in left:
         code, reason = left["exit"]

@@ -105,6 +105,7 @@ CONFIGURATIONS = [
     pytest.param(["run.device=cuda"], "finds no GPU", id="no GPU"),
     pytest.param(["run.threads=1000000"], "run.threads is 1000000, but this machine has", id="more threads than cores"),
     pytest.param(["run.dir=corpus/train.bin"], "corpus/train.bin cannot be written", id="a file for a run directory"),
+    pytest.param([f"run.dir={'x' * 300}"], "cannot be written .File name too long", id="a name too long"),
     pytest.param(["run.dir=/proc/run"], "/proc/run cannot be written", id="a run directory that cannot be made"),
     pytest.param(["train.init=nowhere"], "there is no checkpoint at nowhere", id="no weights to start from"),
     pytest.param(
@@ -179,6 +180,14 @@ DAMAGES = [
     pytest.param(other_corpus, "was trained on other data", id="another corpus under the same name"),
     pytest.param(
         lambda f: (f / "done/config.yaml").write_text("a: ["), "config.yaml cannot be read", id="broken record"
+    ),
+    pytest.param(
+        lambda f: (f / "done/config.yaml").write_bytes(b"\xff"), "config.yaml cannot be read", id="no text for a record"
+    ),
+    pytest.param(
+        lambda f: (f / "done/config.yaml").write_text("train: 3"),
+        "config.yaml is of another version or was edited.*",
+        id="a record of no run",
     ),
     pytest.param(
         flip_all,

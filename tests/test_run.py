@@ -173,7 +173,8 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_path: Path) -> None:
     kept = '{"step": 1, "loss": 1}\n{"step": 2, "val_loss": 1}\n'
-    (tmp_path / "metrics.jsonl").write_text(kept + '{"step": 3}\n3\n{}\n{"step": 2\n{"step": 2}')
+    broken = b'{"step": 3}\n3\n{}\n\xff\n{"step": 2\n{"step": 2}'
+    (tmp_path / "metrics.jsonl").write_bytes(kept.encode() + broken)
     written = Metrics(tmp_path, read(compose([*TINY, "run.dir=x"])), first_step=2)
     written.write({"step": 3, "loss": float("inf")})
     written.close()

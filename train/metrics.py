@@ -61,7 +61,7 @@ def drop_after(path: Path, first_step: int, key: str | None = None) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line) if line.endswith("\n") else {}
             if record["step"] < first_step or (record["step"] == first_step and key not in record):

@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from conf.schema import Refused, fault
+from train import config as run_config
 from train.config import Config
 from train.ranks import Ranks
 
@@ -59,8 +60,9 @@ def locked(directory: Path) -> Iterator[None]:
     Raises Refused while another process holds it, or where it cannot be written.
     """
     files = (LOCK, "log.txt")
-    new_files = [directory / name for name in files if not (directory / name).exists()]
-    new_folders = [path for path in (directory / "checkpoints", directory, *directory.parents) if not path.exists()]
+    new_files = [directory / name for name in files if not os.path.exists(directory / name)]
+    folders = (directory / "checkpoints", directory, *directory.parents)
+    new_folders = [path for path in folders if not os.path.exists(path)]
     try:
         with _lock(directory):
             yield
@@ -110,7 +112,7 @@ def refuse_changes(directory: Path, config: Config) -> None:
     reached = _reached(directory)
     if config.train.steps < reached:
         raise Refused(f"{directory} is at step {reached} already; train.steps ({config.train.steps}) cannot be less.")
-    old, new = (dict(_flat(_so_far(values, reached))) for values in (_read_yaml(file), asdict(config)))
+    old, new = (dict(_flat(_so_far(asdict(each), reached))) for each in (_read(file), config))
     differing = [
         key
         for key in old.keys() | new.keys()
@@ -134,9 +136,8 @@ def _reached(directory: Path) -> int:
 
 def _so_far(values: dict[str, Any], step: int) -> dict[str, Any]:
     """A configuration without the phases that begin at `step` or later."""
-    train = dict(values.get("train") or {})
-    train["phases"] = [phase for phase in train.get("phases") or [] if phase["start"] < step]
-    return {**values, "train": train}
+    phases = [phase for phase in values["train"]["phases"] if phase["start"] < step]
+    return {**values, "train": {**values["train"], "phases": phases}}
 
 
 def settle(directory: Path, config: Config, environment: dict[str, Any], step: int) -> None:
@@ -162,7 +163,7 @@ def _tell_another_schedule(file: Path, config: Config, step: int) -> None:
     """A run may be made longer; but a schedule that ends with the run would then have gone another way."""
     if not file.exists():
         return
-    total, before = config.train.steps, _read_yaml(file)["train"]["steps"]
+    total, before = config.train.steps, _read(file).train.steps
     if any(config.schedule.rate(made, total) != config.schedule.rate(made, before) for made in range(step)):
         sentence = "train.steps is %d, before %d: the learning rate goes on as the longer schedule has it from here on"
         log.info(sentence, total, before)
@@ -247,14 +248,16 @@ def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, values
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Config:
+    """The configuration that a run left there."""
     try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        return run_config.read(yaml.safe_load(file.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise Refused(f"{file} cannot be read ({fault(error)}); repair it, or choose another run.dir.") from None
-    if not isinstance(values, dict):
-        raise Refused(f"{file} holds no configuration; repair it, or choose another run.dir.")
-    return values
+    except Refused as refusal:
+        raise Refused(
+            f"{file} is of another version or was edited, so choose another run.dir, or mend it: {refusal}"
+        ) from None
 
 
 def revision() -> dict[str, Any] | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -85,13 +85,12 @@ def status(run: Path, queue: list[Queued] | None) -> Status:
             return _queued(run, queued)
     if is_locked(run / ".lock"):
         return Status(run, "runs", _progress(run))
-    submitted = _last(job.folder / "submitted.jsonl")
-    if submitted is None or _continued(run, submitted["job"]):
+    submitted = _last(job.folder / "submitted.jsonl", "job")
+    if submitted is None or _continued(run, submitted):
         return _ended_by_itself(run)
-    if queue is None and _may_live(run, submitted["job"]):
-        what = f"only SLURM knows whether job {submitted['job']} waits or runs; {_progress(run)}"
-        return Status(run, "unknown", what)
-    return _ended(run, submitted["job"])
+    if queue is None and _may_live(run, submitted):
+        return Status(run, "unknown", f"only SLURM knows whether job {submitted} waits or runs; {_progress(run)}")
+    return _ended(run, submitted)
 
 
 def _continued(run: Path, number: int) -> bool:
@@ -154,8 +153,7 @@ def _ended_by_itself(run: Path) -> Status:
 
 def _progress(run: Path) -> str:
     """How far the run is."""
-    record = _last(run / "metrics.jsonl")
-    return f"step {record['step'] if record else 0} of {_steps(run)}"
+    return f"step {_last(run / 'metrics.jsonl', 'step') or 0} of {_steps(run)}"
 
 
 def _resumes(run: Path) -> str:
@@ -169,7 +167,7 @@ def _steps(run: Path) -> str:
     for file in (run / "job" / "config.yaml", run / "config.yaml"):
         try:
             return str(yaml.safe_load(file.read_text())["train"]["steps"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
             continue
     return "?"
 
@@ -198,15 +196,11 @@ def _tail(file: Path) -> list[str]:
         return []
 
 
-def _last(file: Path) -> dict[str, Any] | None:
-    """The last whole line of JSON."""
+def _last(file: Path, key: str) -> int | None:
+    """The number of that key in the last whole line of JSON that has one."""
     for line in reversed(_tail(file)):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return int(json.loads(line)[key])
     return None
 
 
