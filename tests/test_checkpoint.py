@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -449,10 +450,15 @@ def test_a_full_disk_is_told_and_the_last_one_kept(
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    (tmp_path / "checkpoints").rmdir()
-    (tmp_path / "checkpoints").touch()
+def test_a_folder_that_has_gone_is_told(tmp_path: Path) -> None:
+    """And not made again: without the rest of its run nobody could take it for one."""
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(SaveFailed, match="step 1 was not written"):
+        checkpoints.save(1, state(1.0), wait=True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()  # a file of that name
     with pytest.raises(SaveFailed, match="step 1 was not written"):
         checkpoints.save(1, state(1.0), wait=True)
 

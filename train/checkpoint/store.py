@@ -189,7 +189,7 @@ class Checkpoints:
 
         try:
             self._staging.arrive()
-            self._peers.first(lambda: partial.mkdir(parents=True))
+            self._peers.first(lambda: partial.mkdir())
             writer = TensorWriter(self._peers, tensors)
             size = self._peers.meet(lambda: self._bytes.submit(writer.write, partial, self._rest).result(), finish)
         except Exception as error:
