@@ -215,6 +215,27 @@ def test_plots_are_made_of_what_there_is() -> None:
     assert draw(known) == []
 
 
+def test_bars_end_where_a_share_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from launch.report.plots.canvas import LIGHT
+    from launch.study.plots import two_by_two
+
+    draw_bars, drawn = Axes.errorbar, []
+
+    def errorbar(axes: Axes, x: Any, y: Any, yerr: Any, **more: Any) -> Any:
+        drawn.append(yerr)
+        return draw_bars(axes, x, y, yerr, **more)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    known = made_up({name: [0.0, 10.0] for name in ("neither", "first", "second", "both")})
+    two_by_two(known, Figure(), LIGHT)
+    losses, _, shares, _ = drawn
+    assert shares == [[0.5, 0.5], [0.5, 0.5]], "the mean is 50 %, the standard deviation 71 %"
+    assert losses[0] == losses[1] == [pytest.approx(7.07, abs=0.01)] * 2
+
+
 @pytest.fixture
 def tuned(tmp_path: Path) -> Results:
     """Two arms and two values, of which nothing is known."""

@@ -125,11 +125,14 @@ def two_by_two(results: Results, figure: Figure, ink: Ink) -> str | None:
 
 
 def _line(axes: Axes, ink: Ink, index: int, known: Sequence[tuple[float, Spread]], measure: Measure) -> None:
-    """Points with their seeds' standard deviation."""
+    """Points with their seeds' standard deviation, of a share between 0 and 1."""
+    is_share = measure[1] == "percent"
+    lowest, highest = (0.0, 1.0) if is_share else (-math.inf, math.inf)
     x, means = [x for x, _ in known], [found.mean for _, found in known]
-    axes.errorbar(x, means, yerr=[found.sd or 0.0 for _, found in known], color=_colour(ink, index), marker="o",
-                  markersize=5, capsize=3)  # fmt: skip
-    if measure[1] == "percent":
+    below = [min(found.sd or 0.0, found.mean - lowest) for _, found in known]
+    above = [min(found.sd or 0.0, highest - found.mean) for _, found in known]
+    axes.errorbar(x, means, yerr=[below, above], color=_colour(ink, index), marker="o", markersize=5, capsize=3)
+    if is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, measure[1])))
@@ -159,8 +162,8 @@ PLOTS: tuple[Plot[Results], ...] = (
     Plot("recall.png", "Associative recall by number of pairs", "Answers right, mean over the seeds, ± one standard "
          "deviation in points; the arm with the largest cache first.", "a validation on recall", recalled),
     Plot("ratios.png", "Quality over the ratio of compression", "Each line begins at the baseline, 1×. Bars: one "
-         "standard deviation over the seeds.", "the arms of a curve", over_ratios),
-    Plot("interaction.png", "2×2", "Parallel lines are no interaction. Bars: one standard deviation over the seeds.",
-         "the four arms of a 2×2", two_by_two),
+         "standard deviation over the seeds, cut at 0 and 100 %.", "the arms of a curve", over_ratios),
+    Plot("interaction.png", "2×2", "Parallel lines are no interaction. Bars: one standard deviation over the seeds, "
+         "cut at 0 and 100 %.", "the four arms of a 2×2", two_by_two),
 )
 # fmt: on
