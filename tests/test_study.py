@@ -186,7 +186,9 @@ def test_a_document_says_noise_as_noise_and_names_what_failed() -> None:
     assert "(within noise)" in text and "(beyond 95 %)" in text and "far, seed 3: failed: it burst." in text
     assert "1.00×" not in text and "| other | 0.5× |" in text
     assert "3 seeds each" in text
-    assert "1 seed each" in document(replace(known, study=replace(known.study, seeds=1)))
+    once = replace(known, study=replace(known.study, seeds=1), runs=[run for run in known.runs if run.seed == 0])
+    assert "3 of 3 runs: 3 arms, 1 seed each" in document(once)
+    assert "9 of 9 runs: 3 arms, 3 seeds each" in document(replace(known, study=once.study)), "as many as there are"
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -29,9 +29,10 @@ def document(results: Results, pictures: Sequence[tuple[str, str, str]] = ()) ->
 def notes(results: Results) -> Iterator[str]:
     """What a reader must know before believing a row."""
     runs, study = results.runs, results.study
-    wanted = len(results.arms) * study.seeds
+    num_seeds = max([study.seeds, *(run.seed + 1 for run in runs)])  # an earlier start may have asked for more
+    wanted = len(results.arms) * num_seeds
     tokens = {run.tokens for run in runs}
-    seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
+    seeds = f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
     yield (
         f"{len(runs)} of {wanted} runs: {len(results.arms)} arms, {seeds} each; by seed every arm has the "
         f"same data in the same order; {' or '.join(f'{n:,}' for n in sorted(tokens)) or 'no'} tokens each."
@@ -51,12 +52,11 @@ def notes(results: Results) -> Iterator[str]:
     odd = [name for name, arm in results.arms.items() if arm.cache.declared != arm.cache.measured]
     weighed = f"Cache: bytes in bf16 at {study.context:,} tokens of one sequence, for each token"
     yield f"{weighed}, declared = measured" + (f", except of {', '.join(odd)}." if odd else ".")
-    degrees = study.seeds - 1
-    if degrees > 0:
-        quantile = Difference((0.0,) * study.seeds).quantile
+    if num_seeds > 1:
+        quantile = Difference((0.0,) * num_seeds).quantile
         yield (
             "± is one standard deviation over the seeds. Differences are paired by seed; within noise: the mean is at "
-            f"most {NOISE:g} standard errors (s.e.) from 0. With {study.seeds} seeds, 95 % of what chance does lies "
+            f"most {NOISE:g} standard errors (s.e.) from 0. With {num_seeds} seeds, 95 % of what chance does lies "
             f"within {quantile:g} of them (Student's t), and of twenty differences where there is none, one beyond."
         )
     for name, why in results.failed.items():
