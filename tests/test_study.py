@@ -293,6 +293,34 @@ def test_results_tuned_otherwise_are_refused(tuned: Results, tmp_path: Path) -> 
         results.go_on(tmp_path, other)
 
 
+def test_settings_may_be_typed_in_another_order_but_not_changed(toy: Path, tmp_path: Path) -> None:
+    study = config.load(str(toy))
+    known, _ = command._prepare(study, SMALL)
+    known.runs.append(run("mqa", 0, 1.0))
+    known.write(tmp_path)
+    again, _ = command._prepare(study, SMALL[::-1])
+    results.go_on(tmp_path, again)
+    assert again.runs == known.runs
+    for given, changed in ((("train.seed=1",), "train.seed=1"), ((), "in a file of conf")):
+        other, _ = command._prepare(study, (*SMALL, *given))
+        if not given:  # as where the experiment's file is another
+            other.arms["mqa"] = replace(other.arms["mqa"], configuration="other")
+        with pytest.raises(Refused, match=rf"results of mqa with other settings \({changed}\)"):
+            results.go_on(tmp_path, other)
+
+
+@pytest.mark.parametrize("setting", ["train.seed=1", "moe.shared_hidden=8", "~attention.kv_heads"])
+def test_what_arms_set_cannot_be_set_for_all(toy: Path, tmp_path: Path, setting: str) -> None:
+    with pytest.raises(Refused, match="is set by the study itself"):
+        command.main([f"study={toy}", f"out={tmp_path / 'out'}", setting])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused(toy: Path) -> None:
+    with pytest.raises(Refused, match=r"^out=\S+/toy.yaml/out cannot be written \(Not a directory\)"):
+        command.main([f"study={toy}", f"out={toy / 'out'}", *SMALL])
+
+
 @pytest.mark.parametrize("number", ["[1", "many"])
 def test_a_number_of_workers_that_is_none_is_refused(number: str) -> None:
     with pytest.raises(Refused, match=rf"workers is '{re.escape(number)}'"):

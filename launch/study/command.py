@@ -65,13 +65,16 @@ def main(given: list[str]) -> int:
     until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     out = Path(options.out)
     study = _study(options)
-    for key in sorted(study.own_settings):
+    for key in sorted(study.own_settings.union(*study.arms.values())):
         if any(argument.lstrip("+~").partition("=")[0] == key for argument in common):
             raise Refused(f"{key} is set by the study itself; leave it out.")
     known, commands = _prepare(study, common)
     results.go_on(out, known)
     plan = Plan(known, _chosen(commands, options, study), out)
-    _write(known, out)
+    try:
+        _write(known, out)
+    except OSError as error:
+        raise Refused(f"out={out} cannot be written ({error.strerror}); choose another folder.") from None
     done = plan.num_runs - plan.left()
     print(f"{len(known.arms)} arms, {plan.num_runs} runs, {done} of them done before; {out}", flush=True)
     _run(plan, options.workers or os.cpu_count() or 1, until, known, out)

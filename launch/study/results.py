@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -44,7 +45,8 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class Arm:
-    """arguments: of its runs, without seed and directory. width: solved for. off: parameters more than the anchor's."""
+    """arguments: of its runs, without seed and directory. width: solved for. off: parameters more than the anchor's.
+    configuration: digest of what the arguments resolve to; None where results are older than that."""
 
     arguments: list[str]
     width: int
@@ -55,6 +57,7 @@ class Arm:
     off: int
     cache: CacheSize
     layers: dict[str, str]
+    configuration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Results:
     runs: list[Run] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        measured: list[Run | Trial] = [*self.runs, *self.trials]
+        if unknown := {each.arm for each in measured} - self.arms.keys():
+            raise ValueError(f"there are results of {min(unknown)}, which is none of its arms")
 
     def has(self, arm: str, seed: int) -> bool:
         return any(run.arm == arm and run.seed == seed for run in self.runs)
@@ -142,9 +150,9 @@ def go_on(directory: Path, results: Results) -> None:
         name = measured.arm
         if name not in results.arms:
             continue
-        old, new = earlier.arms[name].arguments, results.arms[name].arguments
-        if old != new:
-            changed = sorted(set(old) ^ set(new))[0]
+        old, new = earlier.arms[name], results.arms[name]
+        if not _alike(old, new):
+            changed = min(set(old.arguments) ^ set(new.arguments), default="in a file of conf")
             raise Refused(
                 f"{directory / NAME} has results of {name} with other settings ({changed}); choose another out=, or "
                 "take them back."
@@ -155,18 +163,26 @@ def go_on(directory: Path, results: Results) -> None:
             results.trials.append(measured)
 
 
+def _alike(old: Arm, new: Arm) -> bool:
+    """Whether runs of both are told the same, in whatever order and words."""
+    if old.configuration is None:
+        return old.arguments == new.arguments
+    return old.configuration == new.configuration
+
+
 def arm_of(matched: Matched, arguments: list[str], context: int, values: Mapping[str, Any]) -> Arm:
     """values: the resolved configuration of the arm."""
-    config = run_config.read(values).model
+    config = run_config.read(values)
     with torch.device("meta"):
-        model = Model(config, torch.bfloat16)
+        model = Model(config.model, torch.bfloat16)
     assert cost.parameters(model) == matched.parameters
     measured = sum(Cache(model, 1, context, "meta").num_bytes().values())
     cache = CacheSize(context, cost.kv_bytes(model, context)["total"], measured, cost.kv_bytes_per_token(model))
     sizes = matched.parameters
+    told = json.dumps(asdict(config), sort_keys=True).encode()
     return Arm(
         arguments, matched.width, sizes.total, sizes.active, sizes.looked_up, matched.unit, matched.off, cache,
-        layers(config),
+        layers(config.model), hashlib.blake2b(told, digest_size=8).hexdigest(),
     )  # fmt: skip
 
 
