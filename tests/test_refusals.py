@@ -303,6 +303,15 @@ def test_divergence(here: Path, rate: str, sentence: str) -> None:
         assert [key for key, tensor in state.items() if not tensor.isfinite().all()] == []
 
 
+def test_a_file_that_cannot_be_written_is_named(here: Path) -> None:
+    (here / "done/metrics.jsonl").unlink()
+    (here / "done/metrics.jsonl").mkdir()
+    job = runs.start(here, [*TINY, "train.steps=10", "run.dir=done"])
+    assert job.end() == 1
+    assert "failed: done/metrics.jsonl: Is a directory; mend that" in job.printed()
+    assert "Traceback" not in job.printed()
+
+
 def test_a_killed_rank_ends_the_other(here: Path) -> None:
     """Without torchrun, rank 0 also holds the store through which the ranks met."""
     job = runs.start(here, [*TINY, "train.steps=100000", "run.dir=killed"], ranks=2)

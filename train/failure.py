@@ -35,6 +35,8 @@ def _understood(error: Exception) -> str | None:
         return text
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"nothing more can be written ({error}); make room and run the same command: it resumes."
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}; mend that and run the same command: it resumes."
     if isinstance(error, RuntimeError) and PEER_SILENT.search(text):
         return "another rank has not answered for too long; its own log or the launcher's says why."
     return None
