@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -189,6 +192,17 @@ def test_a_validation_still_owed_is_written_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val_loss": 3}\n{"step": 2}\n{"step": 2, "val_loss": 1}\n')
     Metrics(tmp_path, read(compose([*TINY, "run.dir=x"])), first_step=2, owes_validation=True).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "val_loss": 3}\n{"step": 2}\n'
+
+
+def test_ctrl_c_after_the_end_is_too_late(tmp_path: Path) -> None:
+    """How the run ended is said by then."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT)"
+    )
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 PHASE = "train.phases=[{start: 8, sequence_length: 16, learning_rate: 1e-3}]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -93,5 +94,7 @@ def _rank_on_node() -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    if code != KEYBOARD:  # it is said how the run ended; a background save that is not waited for may still be left
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.shutdown()
     sys.exit(code)
