@@ -54,11 +54,12 @@ def compose(overrides: Sequence[str], root: str = "train") -> dict[str, Any]:
             config = hydra_compose(root, prepared)
         _refuse_unread(config, parsed)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise Refused(f"the configuration cannot be composed: {fault(error)}.") from None
     except (YAMLError, UnicodeDecodeError) as error:
         file = getattr(getattr(error, "problem_mark", error), "name", f"a file of {ROOT}")
         raise Refused(f"{file} cannot be read ({fault(error)}); it must be YAML.") from None
+    # the others are of files whose YAML is no configuration
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        raise Refused(f"the configuration cannot be composed: {fault(error)}.") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in SECTIONS}
 

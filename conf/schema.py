@@ -68,12 +68,15 @@ def at_least(lowest: float, owner: object, *names: str) -> None:
 
 
 def fault(error: Exception) -> str:
-    """Why a file cannot be read, in a phrase; where its YAML is broken, with the line."""
+    """Why a file cannot be read, in a phrase; where its YAML is broken, with the line. An error without words is told
+    by what caused it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
+    if not str(error) and isinstance(error.__cause__, Exception):
+        return fault(error.__cause__)
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 

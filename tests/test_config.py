@@ -239,5 +239,26 @@ def test_a_broken_file_is_named_with_its_line(
         read_it()
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        pytest.param("3", "Invalid loaded object type: int", id="a number"),
+        pytest.param("defaults: 3", "defaults must be a list", id="a number for defaults"),
+        pytest.param("defaults: [null]", "Unsupported type in defaults", id="nothing among defaults"),
+        pytest.param("defaults: [odd]", "recursion", id="itself among defaults"),
+        pytest.param("null: 3", "Incompatible key type 'NoneType'", id="a key that is none"),
+        pytest.param("train: {steps: '${'}", "no viable alternative", id="half a reference"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(
+    text: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(composing.ROOT, tmp_path / "conf")
+    (tmp_path / "conf/experiment/odd.yaml").write_text(f"# @package _global_\n{text}\n")
+    monkeypatch.setattr(composing, "ROOT", tmp_path / "conf")
+    with pytest.raises(Refused, match=rf"^the configuration cannot be composed: [^\n]*{why}[^\n]*\.$"):
+        compose(["experiment=odd"])
+
+
 def test_the_tiny_run_of_the_tests_is_read_whole() -> None:
     assert len(resolve(read(compose(runs.TINY)).model)) == 2
