@@ -174,6 +174,15 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines == {group: choices(group) for group in groups()}
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--show", *TINY]])
+def test_a_reader_that_has_seen_enough_is_no_failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(arguments) == 0
+
+
 def test_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_path: Path) -> None:
     kept = '{"step": 1, "loss": 1}\n{"step": 2, "val_loss": 1}\n'
     broken = b'{"step": 3}\n3\n{}\n\xff\n{"step": 2\n{"step": 2}'

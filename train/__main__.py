@@ -28,16 +28,14 @@ optimizer it lists the keys that are set; all of them stand in its file, at `Con
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 done, 1 failed, 2 refused input, 75 interrupted after saving."""
+    """Returns the exit code: 0 done, 1 failed, 2 refused input, 75 interrupted after saving, 130 by Ctrl-C without."""
     if "--help" in arguments or "-h" in arguments:
-        print(USAGE)
-        for group in groups():
-            print(f"  {group:12} {' '.join(choices(group))}")
+        _say("\n".join([USAGE, *(f"  {group:12} {' '.join(choices(group))}" for group in groups())]))
         return 0
     try:
         config = run_config.read(_values([a for a in arguments if a != "--show"]))
         if "--show" in arguments:
-            print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+            _say(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
             return 0
         return _run(config)
     except Refused as refusal:  # before the ranks met: what one node lacks the others may have
@@ -48,6 +46,13 @@ def main(arguments: list[str]) -> int:
         if _rank_on_node() == "0":
             print("interrupted at the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
         return KEYBOARD
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _values(arguments: list[str]) -> dict[str, Any]:
