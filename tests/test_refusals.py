@@ -107,6 +107,7 @@ CONFIGURATIONS = [
     pytest.param(["run.dir=corpus/train.bin"], "corpus/train.bin cannot be written", id="a file for a run directory"),
     pytest.param([f"run.dir={'x' * 300}"], "cannot be written .File name too long", id="a name too long"),
     pytest.param(["run.dir=/proc/run"], "/proc/run cannot be written", id="a run directory that cannot be made"),
+    pytest.param(["train.init="], "init is empty", id="weights of no name"),
     pytest.param(["train.init=nowhere"], "there is no checkpoint at nowhere", id="no weights to start from"),
     pytest.param(
         ["train.init=done", "moe.experts=8"],

@@ -128,6 +128,8 @@ class TrainSection:
     def __post_init__(self) -> None:
         schema.at_least(1, self, "steps", "sequence_length", "batch_tokens", "micro_batch")
         schema.at_least(0, self, "mtp_weight")
+        if self.init == "":
+            raise ValueError("init is empty; name a checkpoint or a run, or null for none")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip ({self.clip}) must be above 0; null is for no clipping")
         if self.compile and self.compute == "fp32":
