@@ -178,6 +178,21 @@ def test_pruning(tmp_path: Path, keep: int, keep_every: int | None, left: list[i
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("step", [pytest.param(2, id="pruned"), pytest.param(1, id="replaced")])
+def test_of_a_link_to_a_checkpoint_the_link_goes(tmp_path: Path, step: int) -> None:
+    """Where it leads, on a larger disk say, somebody keeps it; and the next start goes well."""
+    first = Checkpoints(tmp_path / "checkpoints", keep=1)
+    first.save(1, state(1.0), wait=True)
+    elsewhere = (tmp_path / "checkpoints/step_00000001").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints/step_00000001").symlink_to(elsewhere)
+    first.save(step, state(2.0), wait=True)
+    first.close()
+    assert names(tmp_path / "checkpoints") == [f"step_{step:08d}"]
+    assert names(elsewhere)
+    Checkpoints(tmp_path / "checkpoints").close()
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_save_waits_for_the_one_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     checkpoints = Checkpoints(tmp_path)

@@ -46,12 +46,12 @@ def clean(folder: Path) -> list[str]:
     """Remove what a killed run left unfinished; return the names of what was removed."""
     folder.mkdir(parents=True, exist_ok=True)
     removed = []
-    for path in sorted(path for path in folder.glob(".step_*") if path.is_dir()):
+    for path in sorted(folder.glob(".step_*")):
         original = folder / path.name.removeprefix(".").removesuffix(REPLACED)
         if path.suffix == REPLACED and not original.exists():
             path.rename(original)  # killed between the two renames of `publish`
             continue
-        shutil.rmtree(path)
+        _remove(path)
         removed.append(path.name)
     return removed
 
@@ -65,7 +65,7 @@ def publish(partial: Path, path: Path) -> None:
     partial.rename(path)
     sync_folder(path.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _remove(replaced)
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
@@ -74,7 +74,15 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
         if not keep_every or step_of(path) % keep_every:
             going = aside(path, PRUNED)
             path.rename(going)
-            shutil.rmtree(going)
+            _remove(going)
+
+
+def _remove(path: Path) -> None:
+    """Of a link, the link: somebody keeps the checkpoint where it leads."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def set_aside(path: Path) -> Path:
