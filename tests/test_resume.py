@@ -207,6 +207,11 @@ def test_asked_to_stop_in_the_middle_of_a_validation(tmp_path: Path) -> None:
     job.signal(signal.SIGTERM, rank=1)
     assert job.end() == 75
     assert runs.saved(run) == ["step_00000002"]
+    job = runs.start(tmp_path, [*arguments, "evaluate.samples=1000000"], 2)
+    assert runs.wait_until(lambda: "resumed from step 2" in job.printed(), job)
+    job.signal(signal.SIGTERM, rank=1)  # before the validation that is owed, or in it
+    assert job.end() == 75
+    assert "asked to stop by SIGTERM: saved step 2; the same command resumes\n" in job.printed()
     assert not runs.records(run, "val_loss")
     runs.train(tmp_path, [*arguments, "evaluate.samples=16"], 2)
     assert [record["step"] for record in runs.records(run, "val_loss")] == [2, 4]

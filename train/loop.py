@@ -131,7 +131,6 @@ def train(run: Run) -> str | None:
                 if stopping:
                     reason = run.ranks.any_of(run.stop.obey())
                     if run.step < total or run.progress.owes_validation:
-                        log.info("asked to stop by %s: saved step %d; the same command resumes", reason, run.step)
                         return reason
     return None
 

@@ -66,8 +66,7 @@ def run(config: Config, ranks: Ranks) -> int:
                 raise
             prepared.checkpoints.close()
             code, reason = (DONE, "done") if asked is None else (INTERRUPTED, f"asked to stop by {asked}")
-            if asked is None:
-                _take_leave(directory, config.train.steps, over=over)
+            _take_leave(prepared, asked, over=over)
         except Refused as refusal:
             # an exit code of 2 does not survive torchrun, and the file there tells of an earlier start
             if ranks.first and "TORCHELASTIC_RUN_ID" in os.environ and (directory / "config.yaml").exists():
@@ -209,13 +208,16 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
     return Progress()
 
 
-def _take_leave(directory: Path, steps: int, *, over: bool) -> None:
-    """over: this start found nothing to do."""
-    if over:
-        log.info("%s was finished before, at step %d; a larger train.steps goes on from there", directory, steps)
+def _take_leave(run: Run, asked: str | None, *, over: bool) -> None:
+    """asked: by whom it was to stop. over: this start found nothing to do."""
+    directory, step = run.directory, run.step
+    if asked is not None:
+        log.info("asked to stop by %s: saved step %d; the same command resumes", asked, step)
+    elif over:
+        log.info("%s was finished before, at step %d; a larger train.steps goes on from there", directory, step)
     else:
         report = shlex.join(["python", "-m", "launch", "report", str(directory), "--out", "runs/report"])
-        log.info("done at step %d: %s; `%s` shows it", steps, directory, report)
+        log.info("done at step %d: %s; `%s` shows it", step, directory, report)
 
 
 def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:
