@@ -22,6 +22,7 @@ from launch.slurm.cluster import Cluster, Submission, seconds
 from launch.slurm.scheduler import Queued
 from launch.slurm.script import TEMPLATE, Job, render
 from launch.slurm.status import main, status
+from launch.slurm.submit import main as submit
 from tests import runs
 from tests.runs import TINY
 
@@ -100,6 +101,11 @@ def test_a_script_holds_what_the_cluster_says() -> None:
 def test_mistakes_in_a_cluster_are_refused(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Refused, match=sentence):
         build(Submission, {"cluster": {"tasks_per_node": 2, **values}}, "")
+
+
+def test_a_submission_without_a_cluster_is_refused() -> None:
+    with pytest.raises(Refused, match=r"^cluster is missing; a mapping of keys is needed\.$"):
+        submit(["~cluster", "run.dir=x", "--dry-run"])
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="as for python -m train, and cluster=NAME cluster.KEY=… nodes=N")
     options = parser.parse_args(arguments)
     values = compose(options.overrides, "submit")
-    submission = build(Submission, {key: values.pop(key) for key in ("cluster", "nodes")}, "")
+    submission = build(Submission, {key: values.pop(key) for key in ("cluster", "nodes") if key in values}, "")
     config = _check(values, submission.world_size)
     place = Path.cwd()
     job = Job((place / values["run"]["dir"]).resolve(), place)
@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
     number = scheduler.submit(job.script, submission.cluster)
     with (job.folder / "submitted.jsonl").open("a") as file:
         file.write(json.dumps({"job": number, "nodes": submission.nodes, "time": round(time.time())}) + "\n")
-    print(f"job {number}; `python -m launch status {values['run']['dir']}` says how it goes.")
+    status = shlex.join(["python", "-m", "launch", "status", values["run"]["dir"]])
+    print(f"job {number}; `{status}` says how it goes.")
     return 0
 
 
