@@ -64,6 +64,7 @@ def test_an_experiment_overrides_a_group_and_the_command_line_both() -> None:
     assert smoke["train"]["steps"] != default["train"]["steps"]
     for overrides in (["experiment=smoke", "train.steps=7"], ["train.steps=7", "experiment=smoke"]):
         assert compose(overrides)["train"]["steps"] == 7
+    assert compose(["attention=hca", "attention=mla"]) == compose(["attention=mla"]), "the last counts"
     assert compose(["+attention=mla"]) == compose(["attention=mla"]), "a plus is no mistake, as for other keys"
     assert compose(["experiment=smoke", "attention=gqa"])["model"]["layers"][0]["of"][0]["attention"]["scheme"] == "gqa"
 

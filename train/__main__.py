@@ -20,7 +20,8 @@ FAILED, REFUSED, KEYBOARD = 1, 2, 130
 
 USAGE = """usage: python -m train [group=choice] [key=value] ...
 
-One run, resumed by the same command. Keys follow Hydra's grammar: train.steps=500, attention=mla, run.dir=runs/mine.
+One run, resumed by the same command. Keys follow Hydra's grammar: train.steps=500, attention=mla, run.dir=runs/mine;
+of a key that is given twice the last counts.
 `python -m train --show [overrides]` lists every key with its value and stops. Of a scheme, a data source or an
 optimizer it lists the keys that are set; all of them stand in its file, at `Config`: models/attention/mla.py.
 `python -m train --config FILE` runs a resolved configuration, such as the config.yaml of a run, as it is.
