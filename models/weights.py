@@ -44,6 +44,10 @@ class Weights:
     config: ModelConfig
     tensors: Mapping[str, Tensor]
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of every tensor, by its name, as the configuration means it; one of another shape is refused when read."""
+        return _shapes(self.config)
+
 
 def open_weights(path: str | Path) -> Weights:
     """What `path` holds. Raises Refused, in one sentence, for what is missing, corrupt, or of another architecture."""
@@ -55,6 +59,11 @@ def open_config(path: str | Path) -> ModelConfig:
     """The configuration alone. Raises Refused as open_weights."""
     path = Path(path)
     return _CONFIG[_kind(path)](path)
+
+
+def is_weights_alone(path: Path) -> bool:
+    """Whether `path` is a directory of weights, ours or Transformers', and no run or checkpoint of one."""
+    return path.is_dir() and any((path / name).is_file() for name in (OURS, THEIRS))
 
 
 def _kind(path: Path) -> str:

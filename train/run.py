@@ -20,7 +20,8 @@ from data.course import Course, Standing
 from data.loader import Loader
 from models import cost
 from models.cores import approximate
-from train import optimizer, rundir, statistics
+from models.weights import is_weights_alone
+from train import optimizer, pretrained, rundir, statistics
 from train.checkpoint import Checkpoints, SaveFailed
 from train.config import Config
 from train.engines.torch import Engine
@@ -201,10 +202,14 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
         return progress
     if config.train.init is not None:
-        # multi-token prediction stands beside the model, and can be added to one, or dropped
-        weights = checkpoints.load({"model": engine.state()["model"]}, Path(config.train.init), optional="model.mtp")
-        engine.load_weights(weights.state["model"])
-        log.info("started from the weights of %s", weights.path)
+        path, weights = Path(config.train.init), engine.state()["model"]
+        (alone,) = engine.ranks.total(int(engine.ranks.first and is_weights_alone(path)))
+        if alone:
+            pretrained.load(path, weights, engine.ranks)
+        else:
+            path = checkpoints.load({"model": weights}, path, optional="model.mtp").path
+        engine.load_weights(weights)
+        log.info("started from the weights of %s", path)
     return Progress()
 
 

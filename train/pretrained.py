@@ -1,0 +1,56 @@
+"""Weights that a run starts from and no run made: a directory of ours, or of Transformers'."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import Refused
+from models.weights import Weights, open_weights
+from train.checkpoint.box import box_of
+from train.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+AHEAD = "mtp."
+"""Before the names of multi-token prediction, which stands beside the model: it can be added to one, or dropped."""
+
+
+def load(path: Path, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill this rank's part of each of `weights`, the model's by name, in place, in the dtype that they have here.
+
+    Collective. Raises Refused on every rank if the directory holds anything else on any.
+    """
+    stored = ranks.together(lambda: open_weights(path))
+    names = ranks.together(lambda: _shared(path, stored.shapes(), {name: t.shape for name, t in weights.items()}))
+    ranks.together(lambda: _fill(stored, {name: weights[name] for name in names}))
+
+
+def _shared(path: Path, there: Mapping[str, torch.Size], here: Mapping[str, torch.Size]) -> list[str]:
+    """The names to be read. Raises Refused where two shapes differ, or where one side is without the other's tensor."""
+    ahead = [any(name.startswith(AHEAD) for name in names) for names in (there, here)]
+    if ahead == [False, True]:
+        log.info("%s has no %s*, which starts as it was initialised", path, AHEAD)
+    if ahead == [True, False]:
+        log.info("%s has %s*, which this model is without and leaves out", path, AHEAD)
+    compared = [name for name in {**here, **there} if all(ahead) or not name.startswith(AHEAD)]
+    for name in compared:
+        if there.get(name) != here.get(name):
+            is_there, is_here = (list(names[name]) if name in names else "nothing" for names in (there, here))
+            raise Refused(
+                f"{path} does not fit this run: {name} is {is_there} there but {is_here} here; give the model that it"
+                " is of, or other weights."
+            )
+    return compared
+
+
+@torch.no_grad()
+def _fill(stored: Weights, weights: Mapping[str, Tensor]) -> None:
+    """One tensor at a time: no rank holds more than one whole."""
+    for name, tensor in weights.items():
+        box = box_of(tensor)
+        box.local.copy_(stored.tensors[name][box.slices()])
