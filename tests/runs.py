@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.checkpoint import Files, read_table
 from tests import forked
 from tests.corpora import write_corpus
 from tests.ports import free_ports
 from tests.ranks import PATIENCE
-from train.checkpoint.storage import read_table, read_tensors
 
 MODEL = (
     "run.threads=1", "run.device=cpu", "model.width=16", "model.vocab=64", "attention.heads=2", "attention.kv_heads=1",
@@ -163,9 +163,10 @@ def saved(run: Path) -> list[str]:
 def state(run: Path, step: int) -> dict[str, Tensor]:
     """Weights, buffers and optimizer state of a checkpoint, whole, by name."""
     folder = run / "checkpoints" / f"step_{step:08d}"
-    table = read_table(folder)
+    files, table = Files(folder), read_table(folder)
     tensors = {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in table.items()}
-    read_tensors(folder, table, tensors)
+    for name, tensor in tensors.items():
+        files.fill(tensor, [0] * tensor.ndim, table[name])
     return tensors
 
 

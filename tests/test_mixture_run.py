@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.checkpoint import MANIFEST, Manifest
 from models.commands.codec import codec_of
 from tests import runs
 from tests.corpora import write_corpus
 from tests.runs import TINY
-from train.checkpoint.files import MANIFEST, HashedFile, Manifest
+from train.checkpoint.files import write_hashed
 from train.checkpoint.store import PLAIN_FILE
 
 STEPS = 12
@@ -171,9 +172,9 @@ def test_a_checkpoint_that_does_not_say_where_its_data_stood_is_refused(referenc
     manifest = Manifest.read(path)
     for name in (PLAIN_FILE, MANIFEST):
         (path / name).unlink()
-    with HashedFile(path / PLAIN_FILE) as file:
-        file.write(packed.getvalue())
-    replace(manifest, files={**manifest.files, PLAIN_FILE: file.record}).write(path)
+    record = write_hashed(path / PLAIN_FILE, packed.getvalue())
+    changed = replace(manifest, files={**manifest.files, PLAIN_FILE: record})
+    write_hashed(path / MANIFEST, changed.text().encode())
     job = runs.start(tmp_path, [*BASE, f"train.steps={STEPS + 1}"])
     assert job.end() == 2
     assert f"start another run from its weights (train.init=run/checkpoints/{path.name})" in job.printed()

@@ -16,9 +16,10 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conf.schema import build
+from conf.schema import Refused, build
 from models import catalog
 from models.__main__ import main
+from models.checkpoint import read_table
 from models.config import ModelConfig
 from models.model import Model
 from models.shards import WHOLE
@@ -76,7 +77,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints = Checkpoints(folder / "checkpoints")
     for step in (5, 10):
         model.initialise(step)
-        checkpoints.save(step, {"model": model.state_dict(), "step": step}, wait=True)
+        optimizer = {"moment": torch.full((10_000_000,), float(step))}
+        checkpoints.save(step, {"model": model.state_dict(), "optimizer": optimizer, "step": step}, wait=True)
     checkpoints.close()
     torch.distributed.destroy_process_group()
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": section, "train": {"seed": 0}}))
@@ -142,10 +144,26 @@ def test_a_run_gives_its_newest_whole_checkpoint(run: Path, tmp_path: Path, caps
     content[1000] ^= 1
     bad.write_bytes(content)
     fallen_back = load_model(copy).state_dict()
-    assert (
-        "step_00000010 is not whole (rank_0.bin is damaged). step_00000005 is used instead." in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "step_00000010 is not whole (rank_0.bin is damaged between bytes 0 and 16777216)." in said
+    assert "step_00000005 is used instead." in said
     assert all(torch.equal(older[name], tensor) for name, tensor in fallen_back.items())
+
+
+def test_the_optimizers_state_is_not_looked_at(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    step = copy / "checkpoints" / "step_00000010"
+    table = read_table(step)
+    with (step / "rank_0.bin").open("r+b") as file:
+        file.seek(table["optimizer.moment"].parts[0].offset + 39_999_999)
+        file.write(b"?")
+    assert load_model(step)
+    with (step / "rank_0.bin").open("r+b") as file:
+        file.seek(table["model.head.weight"].parts[0].offset)
+        file.write(b"?")
+    with pytest.raises(Refused, match=r"rank_0.bin is damaged between bytes 0 and"):
+        load_model(step)
 
 
 def test_generate_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Box(NamedTuple):
-    """begin: where in the whole tensor `local` begins, by dim. local: this rank's part, in the tensor's own memory."""
+    """begin: where in the whole tensor `local`, this rank's part, begins, by dim."""
 
     begin: tuple[int, ...]
     local: Tensor
@@ -19,9 +19,14 @@ class Box(NamedTuple):
         return tuple(slice(b, b + length) for b, length in zip(self.begin, self.local.shape, strict=True))
 
 
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part, detached, in the tensor's own memory."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def box_of(tensor: Tensor) -> Box:
     """However the mesh cuts it; a tensor that is not sharded is one part."""
     if not isinstance(tensor, DTensor):
-        return Box((0,) * tensor.ndim, tensor.detach())
+        return Box((0,) * tensor.ndim, part_of(tensor))
     (chunk,) = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint asks of a tensor
-    return Box(tuple(chunk.offsets), tensor.to_local().detach())
+    return Box(tuple(chunk.offsets), part_of(tensor))

@@ -7,7 +7,9 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from .files import MANIFEST, sync_folder
+from models.checkpoint import MANIFEST
+
+from .files import sync_folder
 
 PARTIAL, REPLACED, PRUNED = ".partial", ".replaced", ".pruned"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
 A = TypeVar("A")
@@ -64,6 +65,12 @@ class Peers:
     def each(self, action: Callable[[], A]) -> list[A]:
         """What `action` returns on every rank, in rank order. Raises RankFailed."""
         return self.meet(action, lambda values: [values] * self.size)
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank. Collective; quick."""
+        found = torch.tensor(int(mine))
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
+        return bool(found)
 
     def _attempt(self, action: Callable[[], A]) -> Outcome[A]:
         try:

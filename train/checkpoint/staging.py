@@ -1,4 +1,4 @@
-"""A copy of the state in host memory, taken beside the next forward and backward; the memory is kept between saves."""
+"""A copy of what this rank writes, in host memory, taken beside the next forward and backward; the memory is kept."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .files import as_bytes
 
 
 class Staging:
-    """Host buffers for this rank's part of every tensor; page-locked where the tensors are on an accelerator."""
+    """Host buffers for local tensors; page-locked where these are on an accelerator."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -25,20 +24,19 @@ class Staging:
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the memory now. The first touch of fresh memory costs many times a copy into memory in use."""
-        for name, tensor in tensors.items():
-            part = _part(tensor)
+        for name, part in tensors.items():
             held = self._buffers.get(name)
             if held is None or held.shape != part.shape or held.dtype != part.dtype:
                 buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=not part.is_cpu)
                 self._buffers[name] = buffer.zero_()
 
     def begin(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Begin to copy. Returns the copies, sharded as the tensors are: whole after `arrive`, until the next call.
+        """Begin to copy. Returns the copies, contiguous: whole after `arrive`, until the next call.
 
         The tensors must not change before `release`.
         """
         self.reserve(tensors)
-        pairs = [(_part(tensor), self._buffers[name]) for name, tensor in tensors.items()]
+        pairs = [(tensor, self._buffers[name]) for name, tensor in tensors.items()]
         on_host = [pair for pair in pairs if pair[0].is_cpu]
         on_device = [pair for pair in pairs if not pair[0].is_cpu]
         self._copying = self._thread.submit(_copy, on_host)
@@ -51,7 +49,7 @@ class Staging:
                 for part, buffer in on_device:
                     buffer.copy_(part, non_blocking=True)
             self._arrived.record(self._stream)
-        return {name: _like(self._buffers[name], tensor) for name, tensor in tensors.items()}
+        return {name: self._buffers[name] for name in tensors}
 
     def release(self) -> None:
         """From now on the tensors may change. The host waits for its own copies; a device's, its stream waits for."""
@@ -80,14 +78,3 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
             numpy.copyto(as_bytes(buffer), as_bytes(part))
         else:
             buffer.copy_(part)
-
-
-def _part(tensor: Tensor) -> Tensor:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _like(part: Tensor, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return part
-    # `DTensor.from_local` would move the part to the mesh's device; the planner only asks the layout.
-    return DTensor(part, tensor._spec, requires_grad=False)

@@ -13,18 +13,31 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from conf.schema import Refused
+from models.checkpoint import (
+    MANIFEST,
+    TABLE,
+    Chunk,
+    Entry,
+    FileRecord,
+    Files,
+    Manifest,
+    Table,
+    read_table,
+    refuse_damage,
+)
 
 from . import folder as folders
-from .files import HashedFile, Manifest
+from .box import box_of, part_of
+from .files import CHUNK, write_hashed
 from .peers import Peers, RankFailed
+from .plan import Plan, agree, layout
 from .staging import Staging
-from .storage import TABLE, Entry, Table, TensorWriter, Written, read_table, read_tensors
 from .tree import Tree, put_together, take_apart
 
 log = logging.getLogger(__name__)
@@ -47,6 +60,14 @@ class Checkpoint:
     step: int
     facts: Mapping[str, Any]
     state: dict[str, Any]
+
+
+class Share(NamedTuple):
+    """Of a checkpoint's verification: its step and facts, and the chunks that this rank looks at."""
+
+    step: int
+    facts: Mapping[str, Any]
+    chunks: list[Chunk]
 
 
 class Checkpoints:
@@ -76,8 +97,9 @@ class Checkpoints:
         self._grace = grace
         self._rested = 0.0
         self._peers = Peers()
+        self._plan: Plan | None = None
         self._staging = Staging()
-        # planning is Python: at a low priority it would keep the lock from training, so only bytes are written slowly
+        # what is Python would, at a low priority, keep the lock from training, so only bytes are written slowly
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._bytes = ThreadPoolExecutor(1, "checkpoint-bytes", initializer=_yield_to_compute)
         self._hurry = threading.Event()
@@ -86,27 +108,32 @@ class Checkpoints:
             self._log(logging.INFO, "removed %s, which an interrupted run left unfinished", name)
 
     def reserve(self, state: Tree) -> None:
-        """Take the memory that saving `state` needs now, so that the first save is as quick as the others."""
-        self._staging.reserve(take_apart(state)[0])
+        """Plan and take the memory that saving `state` needs now, so that the first save is as quick as the others."""
+        tensors, _ = take_apart(state)
+        self._staging.reserve(_written_here(self._planned(tensors), tensors))
 
     def save(self, step: int, state: Tree, wait: bool = False) -> None:
         """Copy `state` and write the copy, both in the background, or before returning if `wait`.
 
         state: mappings of tensors, DTensors and plain values; what is not sharded is rank 0's. No tensor may change
-        before `release`. Waits for a save that is still running. Raises SaveFailed if that one, or with `wait` this
-        one, was not written.
+        before `release`. The first save waits until the ranks have agreed on who writes what; every one, for a save
+        that is still running. Raises SaveFailed if that one, or with `wait` this one, was not written.
         """
         if self._writing is not None and not self.idle:
             self._log(logging.WARNING, "checkpoint of step %d waits for that of step %d", step, self._writing[0])
         self.wait()
         tensors, plain = take_apart(state)
-        staged = self._staging.begin(tensors)
+        try:
+            plan = self._planned(tensors)
+        except RuntimeError as error:
+            raise self._not_written(step, error) from error
+        staged = self._staging.begin(_written_here(plan, tensors))
         packed = io.BytesIO()
         torch.save(plain, packed)
         self._log(logging.INFO, "checkpoint of step %d: writing", step)
         self._hurry.clear()
         # not getbuffer(): one that a failed save's traceback keeps crashes the garbage collector of Python 3.12
-        self._writing = step, self._thread.submit(self._write, step, staged, packed.getvalue())
+        self._writing = step, self._thread.submit(self._write, step, plan, staged, packed.getvalue())
         if wait:
             self.wait()
 
@@ -156,7 +183,7 @@ class Checkpoints:
         bad: dict[Path, str] = {}
         for candidate in self._peers.first(lambda: self._candidates(path)):
             found = self._verify(candidate)
-            if isinstance(found, Manifest):
+            if isinstance(found, Share):
                 break
             bad[candidate] = found
         else:
@@ -169,37 +196,39 @@ class Checkpoints:
         self._check(candidate, tensors, plain, table, values)
         if path is None:
             self._set_aside(bad)
-        self._peers.each(lambda: read_tensors(candidate, table, tensors))
+        self._peers.each(lambda: _read(candidate, table, tensors))
         return Checkpoint(candidate, found.step, found.facts, put_together(state, values))
 
-    def _write(self, step: int, tensors: dict[str, Tensor], plain: bytes) -> None:
+    def _planned(self, tensors: Mapping[str, Tensor]) -> Plan:
+        """That of the save before, unless the tensors of any rank lie in another way now."""
+        if self._plan is None or self._peers.any(self._plan.layout != layout(tensors)):
+            self._plan = agree(self._peers, tensors)
+        return self._plan
+
+    def _write(self, step: int, plan: Plan, parts: Mapping[str, Tensor], plain: bytes) -> None:
         path = folders.path_of(self.folder, step)
         partial = folders.aside(path, folders.PARTIAL)
         begun, self._rested = time.monotonic(), 0.0
 
-        def finish(shares: list[Written]) -> list[int]:
-            files = {name: record for share in shares for name, record in share.files.items()}
-            files[TABLE] = writer.write_table(partial, (part for share in shares for part in share.parts))
-            with HashedFile(partial / PLAIN_FILE) as file:
-                file.write(plain)
-            files[PLAIN_FILE] = file.record
-            Manifest(step, self.facts, files).write(partial)
+        def write() -> dict[str, FileRecord]:
+            return self._bytes.submit(plan.write, partial, parts, self._rest).result()
+
+        def finish(shares: list[dict[str, FileRecord]]) -> list[int]:
+            files = {name: record for share in shares for name, record in share.items()}
+            files[TABLE] = write_hashed(partial / TABLE, plan.table.encode())
+            files[PLAIN_FILE] = write_hashed(partial / PLAIN_FILE, plain)
+            write_hashed(partial / MANIFEST, Manifest(step, self.facts, files, CHUNK).text().encode())
             folders.publish(partial, path)
             return [sum(record.size for record in files.values())] * len(shares)
 
         try:
             self._staging.arrive()
             self._peers.first(lambda: partial.mkdir())
-            writer = TensorWriter(self._peers, tensors)
-            size = self._peers.meet(lambda: self._bytes.submit(writer.write, partial, self._rest).result(), finish)
+            size = self._peers.meet(write, finish)
         except Exception as error:
             if self._peers.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # what stays all the same, the next start removes
-            reason = str(error) if isinstance(error, RankFailed) else f"lost a rank: {error}".splitlines()[0]
-            raise SaveFailed(
-                f"The checkpoint of step {step} was not written to {self.folder} ({reason}); the one before it"
-                " is kept: mend the cause and run the same command again."
-            ) from error
+            raise self._not_written(step, error) from error
         seconds = time.monotonic() - begun
         self._log(logging.INFO, "checkpoint of step %d: %.3g GB in %.1f s", step, size / 1e9, seconds)
         self._tell_if_too_long(step, seconds - self._rested)
@@ -209,26 +238,36 @@ class Checkpoints:
             except OSError as error:
                 log.warning("an old checkpoint in %s could not be removed: %s", self.folder, error)
 
+    def _not_written(self, step: int, error: Exception) -> SaveFailed:
+        reason = str(error) if isinstance(error, RankFailed) else f"lost a rank: {error}".splitlines()[0]
+        return SaveFailed(
+            f"The checkpoint of step {step} was not written to {self.folder} ({reason}); the one before it"
+            " is kept: mend the cause and run the same command again."
+        )
+
     def _candidates(self, path: Path | None) -> list[Path]:
         if path is None:
             return folders.complete(self.folder)
         found = folders.find(path)
         return [found] if found else []
 
-    def _verify(self, path: Path) -> Manifest | str:
-        """The manifest, or what is wrong with the checkpoint; the ranks share the reading."""
+    def _verify(self, path: Path) -> Share | str:
+        """The manifest's step and facts, or what is wrong with the checkpoint; the ranks share the reading."""
 
-        def read() -> Manifest | str:
+        def share_out(ranks: list[None]) -> list[Share | str]:
+            """Rank 0 looks at every size, and hands out the chunks."""
             try:
-                return Manifest.read(path)
+                manifest = Manifest.read(path)
+                manifest.refuse_other_sizes(path)
             except (ValueError, OSError) as error:
-                return str(error)
+                return [str(error) for _ in ranks]
+            chunks = [chunk for file in manifest.files for chunk in manifest.chunks(file)]
+            return [Share(manifest.step, manifest.facts, chunks[rank :: len(ranks)]) for rank in range(len(ranks))]
 
-        manifest = self._peers.first(read)
-        if isinstance(manifest, str):
-            return manifest
-        problems = self._peers.each(lambda: manifest.problem(path, self._peers.rank, self._peers.size))
-        return next(filter(None, problems), manifest)
+        share = self._peers.meet(lambda: None, share_out)
+        if isinstance(share, str):
+            return share
+        return next(filter(None, self._peers.each(lambda: _problem(path, share.chunks))), share)
 
     def _without(
         self, path: Path, tensors: dict[str, Tensor], table: Table, part: str
@@ -302,6 +341,26 @@ def _yield_to_compute() -> None:
     """Let the writing thread have what training leaves of the processor: on Linux a thread has its own priority."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _written_here(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part_of(tensors[name]) for name in plan.mine}
+
+
+def _problem(path: Path, chunks: list[Chunk]) -> str | None:
+    try:
+        refuse_damage(path, chunks)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _read(path: Path, table: Table, tensors: Mapping[str, Tensor]) -> None:
+    """Fill this rank's part of each of `tensors` in place."""
+    files = Files(path)
+    for name, tensor in tensors.items():
+        begin, local = box_of(tensor)
+        files.fill(local, begin, table[name])
 
 
 def _difference(name: str, entry: Entry | None, tensor: Tensor) -> str | None:
