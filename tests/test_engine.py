@@ -55,9 +55,7 @@ class Documents:
 
 
 def this_rank() -> Ranks:
-    world = dist.group.WORLD
-    assert world is not None
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), world)
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 def loader(length: int = LENGTH, depth: int = DEPTH) -> Loader:

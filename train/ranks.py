@@ -20,12 +20,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """device: of this rank. host_group: a gloo group for small host values, never waiting for the device."""
+    """device: of this rank.
+
+    What ranks tell each other here are small values of the host, over gloo, which never waits for the device. That is
+    the default group's, which has NCCL beside it on GPUs: all of it is said by one thread, as every step is made, so a
+    group of its own, at hundreds of ranks many more connections of each to each, would keep nothing apart.
+    """
 
     rank: int
     world_size: int
     device: torch.device
-    host_group: dist.ProcessGroup
 
     @property
     def first(self) -> bool:
@@ -41,7 +45,7 @@ class Ranks:
         except Refused as refusal:
             refused = str(refusal)
         answers: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(answers, refused, group=self.host_group)
+        dist.all_gather_object(answers, refused)
         for sentence in answers:
             if sentence is not None:
                 raise Refused(sentence)
@@ -54,13 +58,13 @@ class Ranks:
     def any_of(self, mine: str | None) -> str:
         """What the first rank says that says anything, as one at least does. Collective."""
         said: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(said, mine, group=self.host_group)
+        dist.all_gather_object(said, mine)
         return next(filter(None, said))
 
     def total(self, *values: int) -> list[int]:
         """Sums over the ranks of whole numbers below 2^64, modulo 2^64. Collective; does not wait for the device."""
         sums = torch.tensor(values, dtype=torch.uint64).view(torch.int64)
-        dist.all_reduce(sums, group=self.host_group)
+        dist.all_reduce(sums)
         return cast(list[int], sums.view(torch.uint64).tolist())
 
 
@@ -73,7 +77,7 @@ def join(run: RunSection) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.new_group(backend="gloo", timeout=timeout))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
     return replace(ranks, device=ranks.together(lambda: _settle(run, local_rank)))
 
 

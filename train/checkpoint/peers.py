@@ -28,7 +28,8 @@ class Outcome(NamedTuple, Generic[A]):
 
 
 class Peers:
-    """A gloo group of all ranks, of its own: a background thread's collectives never mix with the training's."""
+    """A gloo group of all ranks, of its own: collectives pair up in the order in which a rank calls them, and where a
+    background thread's fall among the training's differs from rank to rank."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
