@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,28 @@ from conf.schema import Refused, fault
 MANIFEST, TABLE = "manifest.json", "tensors.json"
 VERIFY_THREADS = 4
 _PREFIX = "model."
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where among a run's checkpoints that of a step is, once it is complete."""
+    return folder / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step_"))
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(filter(is_complete, folder.iterdir()), key=step_of, reverse=True)
+
+
+def is_complete(path: Path) -> bool:
+    """By its name, which it gets last."""
+    return re.fullmatch(r"step_\d{8,}", path.name) is not None and path.is_dir()
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ OURS, THEIRS, RUN = "model.yaml", "config.json", "config.yaml"
 CHECKPOINT = checkpoint.TABLE
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files that travel with the weights."""
-
-_STEP = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,7 @@ def _theirs(path: Path) -> Weights:
 
 def _run(path: Path) -> Weights:
     config, refusals = _run_config(path), []
-    steps = [step for step in path.glob("checkpoints/step_*") if _STEP.fullmatch(step.name)]
-    for step in sorted(steps, key=lambda step: int(step.name.removeprefix("step_")), reverse=True):
+    for step in checkpoint.complete(path / "checkpoints"):
         try:
             weights = _read_checkpoint(step, config)
         except Refused as refusal:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config
+from train.rundir import write_whole
 from train.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,7 @@ def drop_after(path: Path, first_step: int, key: str | None = None) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a crash cut short
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def strict(value: Any) -> Any:

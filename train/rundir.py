@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from conf.schema import Refused, fault
+from models.checkpoint import complete, step_of
 from train import config as run_config
 from train.config import Config
 from train.ranks import Ranks
@@ -130,8 +131,7 @@ def refuse_changes(directory: Path, config: Config) -> None:
 
 def _reached(directory: Path) -> int:
     """The step of the newest checkpoint, 0 without one."""
-    names = [path.name.removeprefix("step_") for path in (directory / "checkpoints").glob("step_*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max(map(step_of, complete(directory / "checkpoints")), default=0)
 
 
 def _so_far(values: dict[str, Any], step: int) -> dict[str, Any]:
@@ -204,10 +204,10 @@ def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the old text or the new one."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write aside, then rename: a reader sees the old content or the new one."""
     aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     aside.replace(file)
 
 
@@ -284,11 +284,11 @@ def snapshot_code(directory: Path) -> str:
         digest.update(f"{name} {len(content)} ".encode() + content)
     file = directory / f"code_{digest.hexdigest()}.tar.gz"
     if not file.exists():
-        aside = file.with_name(f".{file.name}.partial")
-        with tarfile.open(aside, mode="w:gz", compresslevel=6) as archive:  # 9 takes twice as long, and saves 1 %
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6) as archive:  # 9 takes twice as long, saves 1 %
             for name, content in contents.items():
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
-        aside.replace(file)
+        write_whole(file, packed.getvalue())
     return file.name

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from train.config import Config
+from train.rundir import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,7 @@ def _run_id(file: Path) -> str:
     if known:
         return known
     drawn = secrets.token_hex(6)
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(drawn + "\n")
-    aside.replace(file)
+    write_whole(file, drawn + "\n")
     return drawn
 
 

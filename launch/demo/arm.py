@@ -12,8 +12,8 @@ from conf.compose import compose, overrides
 from conf.schema import Refused
 from launch.demo.processes import Launched, typed
 from launch.report.record import Record, read
+from models import checkpoint as checkpoints
 from train import config as run_config
-from train.checkpoint import folder as checkpoints
 from train.config import Config
 from train.rundir import refuse_changes
 

@@ -12,6 +12,7 @@ from launch.report.content import content
 from launch.report.page import as_html
 from launch.report.plots.menu import PLOTS
 from launch.report.written import as_json, as_markdown
+from train.rundir import write_whole
 
 PAGE = "index.html"
 
@@ -45,16 +46,10 @@ def write(runs: list[Path], out: Path) -> Comparison:
     made = content(comparison)
     for plot in PLOTS:
         (out / plot.file).unlink(missing_ok=True)  # of an earlier report that had more to draw
+    # a browser that has the old page open never sees half of a new one
     for picture in made.pictures:
-        _write(out / picture.plot.file, picture.light)
-    _write(out / "report.json", as_json(made).encode())
-    _write(out / "report.md", as_markdown(made).encode())
-    _write(out / PAGE, as_html(made).encode())
+        write_whole(out / picture.plot.file, picture.light)
+    write_whole(out / "report.json", as_json(made))
+    write_whole(out / "report.md", as_markdown(made))
+    write_whole(out / PAGE, as_html(made))
     return comparison
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Aside, then renamed: a browser that has the old page open never sees half of a new one."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_bytes(content)
-    aside.replace(file)

@@ -1,22 +1,16 @@
-"""The folder of a run's checkpoints: names, and the renames that make one appear or go at once."""
+"""The folder of a run's checkpoints: the renames that make one appear or go at once."""
 
 from __future__ import annotations
 
-import re
 import shutil
 from itertools import count
 from pathlib import Path
 
-from models.checkpoint import MANIFEST
+from models.checkpoint import MANIFEST, complete, is_complete, step_of
 
 from .files import sync_folder
 
 PARTIAL, REPLACED, PRUNED = ".partial", ".replaced", ".pruned"
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, once it is complete."""
-    return folder / f"step_{step:08d}"
 
 
 def aside(path: Path, suffix: str) -> Path:
@@ -24,23 +18,10 @@ def aside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's name tells."""
-    return int(path.name.removeprefix("step_"))
-
-
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
-
-
 def find(path: Path) -> Path | None:
     """The checkpoint meant by a path: one itself, or the newest of a run's folder or of its checkpoints' folder."""
-    if (path / MANIFEST).exists() or re.fullmatch(r"step_\d{8,}", path.name):
-        return path if path.is_dir() else None
+    if (path / MANIFEST).exists() or is_complete(path):
+        return path
     return next(iter(complete(path) or complete(path / "checkpoints")), None)
 
 

@@ -28,6 +28,8 @@ from models.checkpoint import (
     Files,
     Manifest,
     Table,
+    complete,
+    path_of,
     read_table,
     refuse_damage,
 )
@@ -166,7 +168,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint, not verified; None if there is none."""
         self.wait()
-        return self._peers.first(lambda: next(iter(folders.complete(self.folder)), None))
+        return self._peers.first(lambda: next(iter(complete(self.folder)), None))
 
     def load(self, state: Tree, path: Path | None = None, optional: str | None = None) -> Checkpoint:
         """Fill the tensors of `state` in place from a verified checkpoint; return it with plain values replaced too.
@@ -206,7 +208,7 @@ class Checkpoints:
         return self._plan
 
     def _write(self, step: int, plan: Plan, parts: Mapping[str, Tensor], plain: bytes) -> None:
-        path = folders.path_of(self.folder, step)
+        path = path_of(self.folder, step)
         partial = folders.aside(path, folders.PARTIAL)
         begun, self._rested = time.monotonic(), 0.0
 
@@ -247,7 +249,7 @@ class Checkpoints:
 
     def _candidates(self, path: Path | None) -> list[Path]:
         if path is None:
-            return folders.complete(self.folder)
+            return complete(self.folder)
         found = folders.find(path)
         return [found] if found else []
 
