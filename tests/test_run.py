@@ -97,6 +97,7 @@ def test_a_finished_run_started_again_does_nothing_more(place: Path) -> None:
     before, state = runs.course(place / "done"), runs.state(place / "done", 8)
     first = (place / "done" / "log.txt").read_text()
     assert "done at step 8: done; `python -m launch report done --out runs/report` shows it\n" in first
+    assert "experts ×2: one after the other, as PyTorch compiles its grouped GEMM in bf16 alone\n" in first
     again = runs.train(place, [*TINY, "train.steps=8", "run.dir=done"])
     assert again.endswith("done was finished before, at step 8; a larger train.steps goes on from there\n")
     assert runs.course(place / "done") == before

@@ -21,10 +21,10 @@ from data.loader import Loader
 from models import cost
 from models.cores import approximate
 from models.weights import is_weights_alone
-from train import optimizer, pretrained, rundir, statistics
+from train import kernels, optimizer, pretrained, rundir, statistics
 from train.checkpoint import Checkpoints, SaveFailed
 from train.config import Config
-from train.engines.torch import Engine
+from train.engines.torch import DTYPES, Engine
 from train.failure import tell
 from train.loop import Diverged, Progress, Run, train
 from train.metrics import Metrics, drop_after
@@ -164,7 +164,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
         drop_after(directory / statistics.FILE, progress.step)
         metrics = Metrics(directory, config, progress.step, owes_validation=progress.owes_validation)
         held.callback(metrics.close)
-        _introduce(config, engine, ranks, progress.step)
+        _introduce(config, ranks, progress.step)
     profiler = Profiler(config.train.profile, directory, ranks)
     held.callback(profiler.close)
     return Run(
@@ -225,11 +225,10 @@ def _take_leave(run: Run, asked: str | None, *, over: bool) -> None:
         log.info("done at step %d: %s; `%s` shows it", step, directory, report)
 
 
-def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:
+def _introduce(config: Config, ranks: Ranks, step: int) -> None:
     """What a person wants to know at the start, once."""
     model = cost.meta(config.model)
     counted = cost.parameters(model)
-    kernels = sorted({attention.core.__module__.rpartition(".")[2] for attention in engine.model.attentions()})
     log.info(
         "%s parameters, %s active; %.0f bytes of cache a token; %d rank(s) on %s; softmax core: %s%s; steps %d to %d",
         f"{counted.total:,}" + (f" (and {counted.mtp:,} of multi-token prediction)" if counted.mtp else ""),
@@ -237,8 +236,11 @@ def _introduce(config: Config, engine: Engine, ranks: Ranks, step: int) -> None:
         cost.kv_bytes_per_token(model),
         ranks.world_size,
         ranks.device,
-        ", ".join(kernels),
+        config.train.core,
         "" if config.train.approximate is None else f", {config.train.approximate['scheme']} in training",
         step,
         config.train.steps,
     )
+    phases = dict.fromkeys((stretch.attention, stretch.sequence_length) for stretch in stretches(config.train, 0.0))
+    for line in kernels.told(model, config.train.core, DTYPES[config.train.compute], phases):
+        log.info("%s", line)

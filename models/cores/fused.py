@@ -3,13 +3,14 @@
 Rows of one document, read to their start: PyTorch's scaled_dot_product_attention, cuDNN's kernel first (FlashAttention,
 arXiv 2307.08691, otherwise). Packed documents and windows: FlexAttention (arXiv 2412.05496) with the block masks that
 `prepare` made once for all layers. Everything else (cached or compressed entries; rows of one document that are read to
-their start beside a sink): the blockwise core.
+their start beside a sink): the blockwise core. `kernel` is this rule; train.kernels tells each run what comes of it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EF
 
 KINDS = 128
 """Combinations of shapes and windows in one process, before compiling yet another is an error."""
+
+
+class Kernel(Enum):
+    """What computes one softmax, in words for people."""
+
+    SDPA = "scaled_dot_product_attention"
+    FLEX = "FlexAttention"
+    OTHER_ENTRIES = "the blockwise core (not the tokens in hand)"
+    MERGED = "the blockwise core (its softmax is merged, with a sink or with other entries)"
+    UNPREPARED = "the blockwise core (no block mask was made)"
 
 
 @functools.cache
@@ -48,16 +59,15 @@ def core(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, *, lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See models.cores."""
-    unbounded = visibility.reach is None or visibility.reach >= q.shape[1]
+    chosen, mask = kernel(visibility, q.shape[1], lse=lse), visibility.block_mask
     grouped = k.shape[2] != q.shape[2]
     heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if visibility.aligned and visibility.single_document and unbounded and not lse:
+    if chosen is Kernel.SDPA:
         with sdpa_kernel(KERNELS, set_priority=True):
             out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2), None
-    if visibility.block_mask is None:
+    if chosen is not Kernel.FLEX:
         return blockwise.core(q, k, v, visibility, scale, lse=lse)
-    mask = visibility.block_mask
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
     if not lse:
         return flex(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2), None
@@ -65,14 +75,32 @@ def core(
     return out.transpose(1, 2), sums.transpose(1, 2)
 
 
+def kernel(visibility: Visibility, queries: int, *, lse: bool) -> Kernel:
+    """What computes a softmax of so many queries; lse: whether its log-sum-exp is asked for, to be merged."""
+    if not visibility.aligned:
+        return Kernel.OTHER_ENTRIES
+    if visibility.block_mask is not None:
+        return Kernel.FLEX
+    if not visibility.single_document or _is_bounded(visibility.reach, queries):
+        return Kernel.UNPREPARED
+    return Kernel.MERGED if lse else Kernel.SDPA
+
+
 def prepare(sequence: Sequence, slots: list[Slot]) -> None:
-    """Make the block masks of these tokens, one for each reach that a layer declares; nothing where none is needed."""
+    """Make the block masks of these tokens, one for each reach that `masked` names."""
+    for reach in masked(sequence, slots):
+        sequence.block_masks[reach] = _block_mask(sequence, reach)
+
+
+def masked(sequence: Sequence, slots: list[Slot]) -> set[int | None]:
+    """The reaches that the layers declare, where a causal kernel alone would read too much."""
     reaches = {slot.reach for slot in slots if slot.kind == "entry" and slot.stride == 1 and slot.limit is None}
     length = sequence.position.shape[1]
-    for reach in reaches:
-        if sequence.single_document and (reach is None or reach >= length):
-            continue
-        sequence.block_masks[reach] = _block_mask(sequence, reach)
+    return {reach for reach in reaches if not sequence.single_document or _is_bounded(reach, length)}
+
+
+def _is_bounded(reach: int | None, queries: int) -> bool:
+    return reach is not None and reach < queries
 
 
 def _block_mask(sequence: Sequence, reach: int | None) -> object:

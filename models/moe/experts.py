@@ -27,7 +27,15 @@ class Experts(Module):
     def forward(self, x: Tensor, load: Tensor) -> Tensor:
         """x: [N, D], the first load[0] rows for expert 0, and so on; load: [E] integers. Returns [N, D]."""
         gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
-        return (grouped if _has_grouped_gemm(x, self.hidden) else loop)(x, load, gate_up, down, self.gated)
+        return (loop if self.why_loop(x.dtype) else grouped)(x, load, gate_up, down, self.gated)
+
+    def why_loop(self, dtype: torch.dtype) -> str:
+        """What keeps tokens of this dtype from the grouped GEMM, "" where nothing does."""
+        if dtype != torch.bfloat16:
+            return "PyTorch compiles its grouped GEMM in bf16 alone"
+        if self.width % 8 or self.hidden % 8:
+            return f"a grouped GEMM needs rows of whole 16 bytes, not {self.width} and {self.hidden} bf16 numbers"
+        return ""
 
     def flops(self) -> float:
         """Per token and expert."""
@@ -48,8 +56,3 @@ def loop(x: Tensor, load: Tensor, gate_up: Tensor, down: Tensor, gated: Gating =
         gate, up = F.linear(rows, w_in).chunk(2, -1)
         outs.append(F.linear(gated(gate, up), w_out))
     return torch.cat(outs)
-
-
-def _has_grouped_gemm(x: Tensor, hidden: int) -> bool:
-    """PyTorch's grouped GEMM takes bfloat16 alone where it is compiled, and rows of whole 16 bytes in every matrix."""
-    return x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and hidden % 8 == 0
