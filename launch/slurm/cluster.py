@@ -17,7 +17,8 @@ class Cluster:
     bash before the ranks start, such as `module load cuda`. environment: variables of every rank. python: the
     interpreter on the nodes, null for the one that submits. grace: seconds before the time limit at which the run is
     asked to save. attempts: starts of one job, however they end. crashes: failed starts without a new checkpoint after
-    which it is given up. wait: seconds that other ranks may live on once one has ended.
+    which it is given up. wait: seconds that the others may live on once a rank has ended; of one that hangs, see
+    docs/cluster.md.
     """
 
     tasks_per_node: int
