@@ -17,7 +17,7 @@ help:
 	@echo 'make demo    prepare text, pretrain small arms with different KV compression, resume one, compare (minutes)'
 	@echo 'make test    lint, types and the whole CPU suite'
 	@echo 'make search  the property-based tests with thousands of new examples each, and many random layer plans'
-	@echo 'make smoke   the distributed checks and real kernels on one GPU'
+	@echo 'make smoke   on a machine with a GPU: its kernels, and layouts of several ranks (on the CPU) against one process'
 	@echo 'make lint    ruff and mypy alone'
 
 demo: $(READY)
@@ -35,7 +35,7 @@ search: $(READY)
 		$(shell grep --files-with-matches '^from hypothesis' tests/test_*.py) tests/test_mixed_plans.py
 
 smoke: $(READY)
-	$(PYTHON) -m pytest tests/test_gpu.py
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_engine.py
 
 lint: style types
 
