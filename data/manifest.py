@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +75,10 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
+            command = shlex.join(["python", "-m", "data", "prepare", "source=stdlib", f"out={folder}"])
             raise Refused(
                 f"{folder} holds no prepared corpus ({NAME} is missing); "
-                f"make one with `python -m data prepare source=stdlib out={folder}`, or name another path."
+                f"make one with `{command}`, or name another path."
             ) from None
         except OSError as error:
             raise Refused(f"{path} cannot be read ({error.strerror}); see to that, or name another path.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,14 @@ def test_a_corpus_too_large_to_hash_is_still_checked_by_its_index(
         Config(str(folder)).open()
 
 
-@pytest.mark.parametrize("path", ["nowhere", "file", "folder"])
-def test_a_path_without_a_corpus_is_refused(path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["nowhere", "file", "folder", "with a space"])
+def test_a_path_without_a_corpus_is_refused_with_the_command_that_makes_one(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(Refused, match=r"holds no prepared corpus .* make one with .python -m data prepare"):
+    with pytest.raises(Refused, match=r"holds no prepared corpus .* make one with .python -m data prepare") as refusal:
         Config(str(tmp_path / path)).open()
+    command = shlex.split(str(refusal.value).split("`")[1])
+    assert command == ["python", "-m", "data", "prepare", "source=stdlib", f"out={tmp_path / path}"]
 
 
 def test_an_empty_held_out_split_is_refused(tmp_path: Path) -> None:
