@@ -15,7 +15,7 @@ import torch
 from conf import compose as composing
 from conf.compose import choices, compose, groups
 from conf.schema import Refused, at_least, build
-from models import catalog
+from models import catalog, cost
 from models.config import resolve
 from models.model import Model
 from models.parameter import named_specs
@@ -49,6 +49,16 @@ def test_every_shipped_configuration_composes_and_builds(overrides: list[str]) -
         model = Model(config.model)
     assert len(model.blocks) == len(resolve(config.model))
     assert all(parameter.is_meta for _, parameter, _ in named_specs(model))
+
+
+def test_the_arms_of_the_comparison_at_a_billion_have_as_many_parameters() -> None:
+    """Within a percent of grouped-query attention's, all and those that a token is multiplied by."""
+    arms = [read(compose(["experiment=1b", f"attention={name}_1b"])) for name in ("gqa", "mla", "hca")]
+    sizes = [cost.parameters(cost.meta(arm.model)) for arm in arms]
+    assert 0.9e9 < sizes[0].total < 1.1e9
+    for size in sizes:
+        assert size.total == pytest.approx(sizes[0].total, rel=0.01)
+        assert size.active == pytest.approx(sizes[0].active, rel=0.01)
 
 
 def test_the_groups_that_a_run_is_made_of_are_there() -> None:

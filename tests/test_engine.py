@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.compose import choices, compose
+from conf.compose import compose
 from data.loader import Loader
 from data.source import Window
+from models import mechanism
 from models.ahead import Ahead
 from models.moe.router import Router
 from models.parameter import named_specs
@@ -246,7 +247,7 @@ def _train_schemes(schemes: list[str]) -> dict[str, Results]:
 
 
 def test_every_scheme_under_fsdp_equals_one_process(ranks: RunRanks) -> None:
-    schemes = choices("attention")
+    schemes = mechanism.available("attention")
     expected = ranks(1, _train_schemes, schemes)[0]
     for found in ranks(2, _train_schemes, schemes):
         for scheme in schemes:
