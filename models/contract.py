@@ -79,6 +79,33 @@ class Slot:
     chosen: int | None = None
     rows: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a slot that cannot be, or whose entries cannot be counted."""
+        of_entries = (self.stride, self.span, self.origin, self.limit, self.beyond, self.reach, self.chosen)
+        if self.kind == "tail":
+            wrong = {
+                f"rows ({self.rows}) must be at least 1 in a tail": self.rows < 1,
+                "a tail has rows alone; all other sizes are of entries": of_entries != (1, 1, 0, None, 0, None, None),
+            }
+        else:
+            counts = [n for n in (self.stride, self.span, self.limit, self.chosen) if n is not None]
+            bounded = self.reach is not None or self.limit is not None
+            wrong = {
+                f"rows ({self.rows}) are a tail's": self.rows != 0,
+                "stride, span, limit and chosen must be at least 1": min(counts) < 1,
+                f"its first entry ends before a document begins (origin + span is {self.lead})": self.lead < 1,
+                f"beyond ({self.beyond}) must be at least 0": self.beyond < 0,
+                f"reach ({self.reach}) must exceed beyond ({self.beyond}), or nothing is ever read": (
+                    self.reach is not None and self.reach <= self.beyond
+                ),
+                "with chosen, every entry before the query is a candidate: neither reach nor limit": (
+                    self.chosen is not None and bounded
+                ),
+            }
+        for sentence, holds in wrong.items():
+            if holds:
+                raise ValueError(f"slot {self.name!r}: {sentence}")
+
     @property
     def lead(self) -> int:
         """Tokens that a document needs for its first entry; the next comes `stride` tokens later."""

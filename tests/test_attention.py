@@ -207,7 +207,7 @@ def test_a_decode_step_of_mla_holds_no_heads_of_the_past(core: Any) -> None:
         pytest.param({"span": 5, "origin": 2}, id="span 5 from 2"),
         pytest.param({"limit": 2}, id="the first two"),
         pytest.param({"origin": 1, "beyond": 1}, id="beyond 1"),
-        pytest.param({"limit": 3, "span": 2, "beyond": 4}, id="the first three beyond 4"),
+        pytest.param({"limit": 3, "span": 2, "beyond": 3}, id="the first three beyond 3"),
     ],
 )
 def test_entries_and_visible_pairs_are_counted(stride: int, reach: int | None, rest: dict[str, Any]) -> None:
@@ -227,6 +227,30 @@ def test_entries_and_visible_pairs_are_counted(stride: int, reach: int | None, r
             assert visible_pairs(slot, queries, context) == count(queries, context)
             places = len(range(0, context, stride))
             assert all_pairs(slot, queries, context) == queries * min(places, slot.limit or places)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        pytest.param({"kind": "tail"}, "at least 1 in a tail", id="a tail without rows"),
+        pytest.param({"kind": "tail", "rows": 3, "reach": 4}, "rows alone", id="a tail that is read"),
+        pytest.param({"kind": "tail", "rows": 3, "stride": 4}, "rows alone", id="a tail of blocks"),
+        pytest.param({"rows": 3}, "are a tail's", id="an entry with rows"),
+        pytest.param({"stride": 0}, "at least 1", id="no stride"),
+        pytest.param({"span": 0}, "at least 1", id="no span"),
+        pytest.param({"limit": 0}, "at least 1", id="no entries"),
+        pytest.param({"chosen": 0}, "at least 1", id="none chosen"),
+        pytest.param({"stride": 4, "span": 4, "origin": -4}, "origin . span is 0", id="an entry before its document"),
+        pytest.param({"beyond": -1}, "beyond", id="entries after the query"),
+        pytest.param({"reach": 0}, "reach", id="a window of nothing"),
+        pytest.param({"reach": 4, "beyond": 4}, "exceed beyond", id="a window that ends before it begins"),
+        pytest.param({"chosen": 4, "reach": 8}, "neither reach", id="chosen within a window"),
+        pytest.param({"chosen": 4, "limit": 8}, "nor limit", id="chosen of the first"),
+    ],
+)
+def test_a_slot_that_cannot_be_is_refused(sizes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^slot 'kv': .*{words}"):
+        Slot("kv", (), **sizes)
 
 
 @pytest.mark.parametrize(
