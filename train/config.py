@@ -228,9 +228,8 @@ class Config:
 def read(values: Mapping[str, Any]) -> Config:
     """Check a resolved configuration whole, down to every layer of the plan. Raises schema.Refused."""
     config = schema.build(Config, values, "")
-    from train import (
-        optimizer,
-    )  # here: it takes torch, whose import takes seconds, and most mistakes are refused by now
+    # here: it takes torch, whose import takes seconds, and most mistakes are refused by now
+    from train import optimizer
 
     optimizer.read(config.optimizer)
     resolve(config.model)
