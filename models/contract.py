@@ -1,14 +1,15 @@
 """The one contract: a compression scheme says what a token leaves behind, and how that is read.
 
-    compress(x, sequence) -> query, state    the query is used now; the state is what is kept, shared, cached or sent
+    compress(x, sequence) -> query, state    the query is used at once; the state is kept, shared, cached or sent
     attend(query, pieces, sequence) -> y     pieces: the state as `sequence.collect` returned it
     slots() -> (Slot, ...)                   what the state is made of; the cache, the cost model, context
-                                             parallelism and serving read nothing else
+                                             parallelism and serving use nothing else
     flops(queries, context, pairs)           what it costs
 
-One rule of visibility holds for every entry: it is valid, of the query's document, and the last token it covers lies at
-least `beyond` (0: is not after the query) and less than `reach` tokens back. Everything that looks along the sequence
-asks the `Sequence`, so that training on whole rows, on shards of rows, and decoding from a cache are one code path.
+One rule of visibility holds for every entry. A query may read it if it is valid, if it belongs to the query's document,
+and if the last token it covers lies at least `beyond` and fewer than `reach` tokens before the query (0 is the query's
+own token). A scheme that needs other tokens asks the `Sequence` for them, so that training on whole rows, training on
+shards of rows, and decoding from a cache are one code path.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ NOTHING = -1
 """The document of an entry that is not there, and of a token that is padding."""
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
-"""Bytes of one stored number by format."""
+"""Bytes of one stored number, by format."""
 
 Packing = tuple[tuple[str, int], ...]
-"""(format, how many numbers of it), scales and padding included."""
+"""Pairs of a format and how many numbers have it, scales and padding included."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of an entry: its logical dims with their sizes, and the format it is stored in.
+    """One tensor of an entry: its logical dims with their sizes, and the format in which it is stored.
 
-    packed: how the serving kernels of the scheme's authors store it instead, where they quantise; () where they do not.
+    packed: the formats that the authors' own serving kernels use instead; () if these store it as `format` says.
     """
 
     name: str
@@ -60,11 +61,14 @@ class Part:
 class Slot:
     """One kind of thing that tokens leave behind.
 
-    kind: an `entry` is read by queries; a `tail` holds the last rows that a compression still needs.
-    stride: tokens per entry. span: tokens that an entry covers, the first one's from `origin` on (negative where the
-    first lacks the tokens before it). limit: how many entries there are, the first of a document (None: no limit).
-    beyond, reach: how far back an entry is read, at least and less than (None: to the start).
-    chosen: how many of the visible entries a query reads at most (None: all). rows: length of a tail in tokens.
+    kind: queries read an `entry`; a `tail` holds the last rows that a compression still needs.
+    stride: tokens from one entry to the next. span: tokens that an entry covers.
+    origin: the token of a document at which its first entry's span begins. It is negative if that span begins before
+    the document does; the entry then covers only the tokens that exist.
+    limit: only the first so many entries of a document exist (None: all).
+    beyond, reach: an entry is read from `beyond` tokens back on, up to fewer than `reach` (None: to the start).
+    chosen: a query reads at most so many of the visible entries (None: all).
+    rows: length of a tail, in tokens.
     """
 
     name: str
@@ -108,12 +112,12 @@ class Slot:
 
     @property
     def lead(self) -> int:
-        """Tokens that a document needs for its first entry; the next comes `stride` tokens later."""
+        """Tokens that a document must have before its first entry exists; the next comes `stride` tokens later."""
         return self.origin + self.span
 
     @property
     def grows(self) -> bool:
-        """Whether a cache of it grows with the tokens."""
+        """Whether its cache grows with every further token."""
         return self.kind == "entry" and self.reach is None and self.limit is None
 
     def entries(self, tokens: int) -> int:
@@ -125,21 +129,21 @@ class Slot:
         return held if self.reach is None else min(held, -(-self.reach // self.stride))
 
     def serves(self, reader: Slot) -> bool:
-        """Whether what is kept here is what `reader` reads: the same entries, for at least as long."""
+        """Whether a cache of this slot has all that `reader` reads: the same entries, kept for at least as long."""
         long_enough = self.reach is None or (reader.reach is not None and reader.reach <= self.reach)
         return long_enough and self._kept() == reader._kept()
 
     def _kept(self) -> Slot:
-        """What does not depend on who reads it."""
+        """The slot without what depends on its reader."""
         return replace(self, beyond=0, reach=None, chosen=None)
 
 
 @dataclass(frozen=True)
 class Entries:
-    """What a stretch of tokens left in one slot.
+    """What some consecutive tokens left in one slot.
 
-    parts: by part name, each [B, T, *dims]. position: [B, T], in its document, of the last token an entry covers.
-    document: [B, T], NOTHING where there is no entry. aligned: entry j is token j of the tokens in hand.
+    parts: by part name, each [B, T, *dims]. position: [B, T], the position in its document of the last token that an
+    entry covers. document: [B, T], NOTHING where there is no entry. aligned: entry j belongs to token j in hand.
     """
 
     parts: dict[str, Tensor]
@@ -148,7 +152,7 @@ class Entries:
     aligned: bool = False
 
     def concatenate(self, other: Entries) -> Entries:
-        """Both along T; no longer aligned."""
+        """Both, one after the other along T; the result is not aligned."""
         return Entries(
             {name: torch.cat((part, other.parts[name]), 1) for name, part in self.parts.items()},
             torch.cat((self.position, other.position), 1),
@@ -166,9 +170,9 @@ Pieces = dict[str, list[Entries]]
 class Sequence(Protocol):
     """Where the tokens in hand stand, and how to reach what other tokens left.
 
-    position, document: [B, S]. single_document: each row is one document from its start, known without a device sync.
-    counts: global counts known before the forward ("tokens", "sequences"), each a scalar tensor; losses divide by them.
-    block_masks: by reach, what a core that needs its masks before the forward has prepared for these tokens.
+    position, document: [B, S]. single_document: every row is one document from its start; known without a device sync.
+    counts: the "tokens" and "sequences" of the global batch, scalar tensors known before the forward, by which losses
+    divide. block_masks: by reach, the masks that a core prepared for these tokens before the forward.
     """
 
     position: Tensor
@@ -178,34 +182,36 @@ class Sequence(Protocol):
     block_masks: dict[int | None, Any]
 
     def at(self, layer: int) -> Sequence:
-        """The same sequence seen from layer `layer`, whose state it stores."""
+        """The same sequence as layer `layer` sees it: with that layer's cached state."""
         ...
 
     def before(self, slot: Slot, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The last `slot.rows` rows before the tokens in hand, whose own rows [B, S, ...] are given.
+        """The last `slot.rows` rows before the tokens in hand. rows: those of the tokens in hand, [B, S, ...].
 
-        Returns [B, slot.rows, ...] and `present` [B, slot.rows]: False where there was nothing before (the start of the
-        sequence, or of the document of the first token in hand).
+        Returns [B, slot.rows, ...] and `present` [B, slot.rows], which is False for a row that does not exist: one
+        before the start of the sequence, or before the document of the first token in hand.
         """
         ...
 
     def collect(self, slots: tuple[Slot, ...], state: State) -> Pieces:
-        """All entries that the tokens in hand may read: their own and those of other tokens."""
+        """All entries that the tokens in hand may read: their own, and other tokens'."""
         ...
 
     def readers(self, lead: int) -> Tensor:
-        """How many tokens of the global batch see at least one entry of a slot with this `lead`, known before the
-        forward: a scalar, by which losses of queries divide."""
+        """How many tokens of the global batch see at least one entry of a slot with this `lead`.
+
+        A scalar known before the forward; a loss over queries divides by it.
+        """
         ...
 
     def total(self, value: Tensor, axis: Literal["sequence", "heads"]) -> Tensor:
-        """Sum over whatever shards `axis`; carries no gradient."""
+        """The sum over all shards of `axis`, without a gradient."""
         ...
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which entries each query may read: the rule of the contract, evaluated where it is needed, tile by tile."""
+    """Which entries each query may read. A core evaluates the rule only where, and when, it needs it."""
 
     query_position: Tensor
     query_document: Tensor
@@ -254,8 +260,8 @@ PairCount = Callable[[Slot, int, int], float]
 
 
 def visible_pairs(slot: Slot, queries: int, context: int) -> float:
-    """Pairs that are read: the last `queries` tokens of one document of `context` tokens, each with the entries that
-    the rule of visibility lets through, or the chosen ones of these."""
+    """Pairs that are read, in one document of `context` tokens: each of its last `queries` tokens with the entries that
+    it may read, or with those chosen among them."""
     if slot.chosen is not None:
         # the entries of the last `chosen` strides are as many as are chosen
         slot = replace(slot, reach=slot.beyond + slot.chosen * slot.stride, chosen=None)
@@ -263,21 +269,20 @@ def visible_pairs(slot: Slot, queries: int, context: int) -> float:
 
 
 def all_pairs(slot: Slot, queries: int, context: int) -> float:
-    """Every query with every place where an entry may stand, as a plain implementation that masks afterwards computes
-    them."""
+    """Pairs that a plain implementation computes before it masks: every query with every place for an entry."""
     bounds = [bound for bound in (slot.limit, slot.chosen) if bound is not None]
     return float(queries * min([-(-context // slot.stride), *bounds]))
 
 
 def _visible_before(slot: Slot, tokens: int) -> int:
-    """Sum over t < tokens of the entries that query t reads: those that end by t − beyond, less those that end by
+    """The entries that query t reads, summed over t < tokens: those that end by t − beyond, without those that end by
     t − reach."""
 
     def ended(queries: int) -> int:
         seeing = max(0, queries - slot.lead + 1)
         growing = seeing if slot.limit is None else min(seeing, slot.limit * slot.stride)
         strides, rest = divmod(growing, slot.stride)
-        # of the queries that see n entries there are `stride`, for each n; those beyond the limit all see as many
+        # for each n, `stride` queries see n entries; all queries after the last entry see the same number
         counted = slot.stride * strides * (strides + 1) // 2 + rest * (strides + 1)
         return counted + (seeing - growing) * (slot.limit or 0)
 
@@ -301,15 +306,15 @@ class Flops:
 
 
 Report = dict[str, Tensor]
-"""What a layer measured, detached and of fixed shape; summed over micro-batches and ranks by whoever trains."""
+"""What a layer measured, detached and of fixed shape. The trainer sums it over micro-batches and ranks."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a mechanism makes of its input.
+    """The output of a mechanism.
 
-    y: [B, S, D]. extra: auxiliary losses, each coefficient × local sum ÷ global count. provided: what it leaves for
-    later layers, by the names in its `provides`.
+    y: [B, S, D]. extra: the sum of its auxiliary losses, each coefficient × local sum ÷ global count. provided: what
+    later layers read of it, by the names in its `provides`.
     """
 
     y: Tensor
@@ -321,10 +326,10 @@ class Result:
 class Attention(Module):
     """A compression scheme at one depth of a model.
 
-    A scheme built with `writes=False` has no parameters for its state: it reads the state of another layer. One built
-    with `reads=False` has no others: of a writer that stands alone, `write`, `slots` and `flops` are used. A scheme
-    whose state needs no queries, to be made or to be trained, says so by `stands_alone = True` in its Config, whose
-    `build` then takes `reads`.
+    Built with `writes=False`, it reads another layer's state and has no parameters to make one. Built with
+    `reads=False`, it is a writer that stands alone: it only has the parameters that make the state, and only `write`,
+    `slots` and `flops` are called. A scheme can be such a writer if neither making nor training its state needs
+    queries; its Config then says `stands_alone = True`, and its `build` takes `reads`.
     """
 
     writes: bool
@@ -334,35 +339,35 @@ class Attention(Module):
 
     @abstractmethod
     def compress(self, x: Tensor, sequence: Sequence) -> tuple[Any, State]:
-        """x: [B, S, D], normalised. Returns the query, which `attend` alone reads, and the state ({} for a reader)."""
+        """x: [B, S, D], normalised. Returns the query, which only `attend` reads, and the state; a reader leaves {}."""
 
     @abstractmethod
     def attend(self, query: Any, pieces: Pieces, sequence: Sequence) -> Result:
-        """Read the pieces; y: [B, S, D]."""
+        """Read the pieces."""
 
     def write(self, x: Tensor, sequence: Sequence) -> State:
-        """The state alone. x: [B, S, D], normalised. Not of a scheme whose state is bound to its queries."""
+        """Only the state. x: [B, S, D], normalised. Raises TypeError if the state cannot be made without queries."""
         raise TypeError(f"the state of {type(self).__name__} is bound to its queries")
 
     def selector(self) -> tuple[nn.Module, ...]:
-        """The modules that choose what is read: trained alone in a warm-up, and their gradients are clipped apart."""
+        """The modules that choose what is read. A warm-up trains only these; their gradients are clipped separately."""
         return ()
 
     @abstractmethod
     def slots(self) -> tuple[Slot, ...]:
-        """What its state is made of, whether it writes it itself or reads another layer's."""
+        """What the state that it reads is made of, whether it or another layer writes it."""
 
     @abstractmethod
     def flops(self, queries: int, context: int, pairs: PairCount = visible_pairs) -> Flops:
-        """Cost of `queries` new tokens, the last of a document of `context` tokens, with as few passes as needed."""
+        """Operations for `queries` new tokens, the last of a document of `context`, in as few passes as possible."""
 
 
 class FeedForward(Module):
-    """What a token goes through by itself.
+    """The part of a layer that treats every token by itself.
 
-    normalises: it is handed the residual as it is and has norms of its own. needs, provides: what it reads of, and adds
-    to, what the stream carries; a model's entry carries "ids" [B, S] and "embedding" [B, S, D], scaled. vocab: how many
-    ids it knows, None where it knows none from another.
+    normalises: it has norms of its own, and is given the residual as it is. needs, provides: the names of what it reads
+    from, and adds to, what the stream carries; the model provides "ids" [B, S] and "embedding" [B, S, D], scaled.
+    vocab: how many token ids it has a table for; None if it does not look at ids.
     """
 
     normalises: bool = False
@@ -372,23 +377,25 @@ class FeedForward(Module):
 
     @abstractmethod
     def forward(self, x: Tensor, sequence: Sequence, carried: Mapping[str, Any]) -> Result:
-        """x: [B, S, D], normalised unless it does so itself."""
+        """x: [B, S, D], normalised unless `normalises`."""
 
     @abstractmethod
     def flops(self) -> float:
-        """Per token."""
+        """Operations per token."""
 
     def idle(self) -> int:
-        """Parameters that one token is not multiplied by, tables that it is looked up in aside."""
+        """How many parameters one token is not multiplied by, without tables in which it is looked up."""
         return 0
 
     def update_bias(self, load: Tensor) -> None:
-        """One step of a selection bias, if there is one; load: [E], of the whole global batch."""
+        """Take one step of the selection bias, if there is one. load: [E], of the whole global batch."""
 
 
-class Entry(Module):
-    """What a scheme of several depths makes once, at the model's entry. provides: the names under which it is carried
-    to the depths that need it."""
+class Preamble(Module):
+    """What the injections of all depths share, computed once before the first block.
+
+    provides: the names under which it is carried to the depths that need it.
+    """
 
     provides: tuple[str, ...] = ()
 
@@ -400,26 +407,26 @@ class Entry(Module):
 class Residual(Module):
     """How one sublayer reads the residual stream, and how its output is written back.
 
-    compute_dtype: of what the sublayer is handed; the stream itself may be wider. Set by the model, as for `Ends`.
+    compute_dtype: of the sublayer's input; the stream itself may be wider. The model sets it, as it does for `Ends`.
     """
 
     compute_dtype: torch.dtype
 
     @abstractmethod
     def read(self, residual: Tensor) -> tuple[Tensor, Any]:
-        """Returns the sublayer's input [B, S, D] and whatever `write` will need."""
+        """Returns the sublayer's input, [B, S, D], and what `write` will need."""
 
     @abstractmethod
     def write(self, residual: Tensor, carry: Any, y: Tensor) -> Tensor:
         """y: [B, S, D], the sublayer's output. Returns the next residual."""
 
     def flops(self) -> float:
-        """Matrix products per token."""
+        """Operations of its matrix products, per token."""
         return 0.0
 
 
 class Ends(Module):
-    """The two ends of the residual stream. streams: of the width, that it consists of."""
+    """The two ends of the residual stream. streams: how many streams, each of the model's width, it consists of."""
 
     compute_dtype: torch.dtype
     streams: int = 1
@@ -433,12 +440,12 @@ class Ends(Module):
         """The residual stream to [B, S, D]."""
 
     def flops(self) -> float:
-        """Matrix products per token."""
+        """Operations of its matrix products, per token."""
         return 0.0
 
 
 def at_tokens(sequence: Sequence, parts: dict[str, Tensor]) -> Entries:
-    """One entry a token in hand; each part [B, S, *dims]."""
+    """One entry for each token in hand; each part is [B, S, *dims]."""
     return Entries(parts, sequence.position, sequence.document, aligned=True)
 
 

@@ -63,7 +63,7 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     owners: dict[str, list[nn.Module | None]] = {
         "embedding": [model.embedding],
         "positions": [model.positions],
-        "injection": [*model.entries],
+        "injection": [*model.preambles],
         "residual": [*model.residuals(), model.ends],
         "head": [model.head],
     }

@@ -16,7 +16,7 @@ from models import loss, norm
 from models.ahead import Ahead, Config, Made, Prediction
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer, Writer
 from models.config import Layer, ModelConfig, resolve, resolve_mtp, resolve_residual
-from models.contract import Attention, Ends, Entry, FeedForward, Report, Residual, Sequence
+from models.contract import Attention, Ends, FeedForward, Preamble, Report, Residual, Sequence
 from models.linear import Linear
 from models.parameter import Module, Parametrization, named_specs
 from models.positions import Positions
@@ -70,7 +70,7 @@ class Model(nn.Module):
         self.embedding = Embedding(config.vocab, config.width)
         self.positions = None if config.positions is None else Positions(config.positions, config.width)
         layers = resolve(config)
-        self.entries = nn.ModuleList(_entries(layers))
+        self.preambles = nn.ModuleList(_preambles(layers))
         self.ends = residual.ends(config.width)
         self.blocks = nn.ModuleList(_block(i, layer, residual, config) for i, layer in enumerate(layers))
         self.norm = norm.build(config.norm, config.width, config.norm_eps)
@@ -81,8 +81,8 @@ class Model(nn.Module):
         _refuse_misread(self.attention_sublayers())
         _refuse_unknown_ids(self.feedforwards(), config.vocab)
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
-        at_entry = {"ids", "embedding"}.union(*(entry.provides for entry in self.entries))  # type: ignore[arg-type]
-        self.entry_live = _mark_live(self.depths(), at_entry, "model.layers")
+        at_start = {"ids", "embedding"}.union(*(preamble.provides for preamble in self.preambles))  # type: ignore[arg-type]
+        self.live = _mark_live(self.depths(), at_start, "model.layers")
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -218,9 +218,9 @@ class Model(nn.Module):
         """ids: [B, S]. What the first block is handed."""
         embedded = self._embed(ids)
         carried: dict[str, Any] = {"ids": ids, "embedding": embedded}
-        for entry in self.entries:
-            carried |= entry(ids, embedded)
-        live = {name: value for name, value in carried.items() if name in self.entry_live}
+        for preamble in self.preambles:
+            carried |= preamble(ids, embedded)
+        live = {name: value for name, value in carried.items() if name in self.live}
         placed = embedded if self.positions is None else self.positions(embedded, sequence)
         return Stream.start(self.ends.enter(placed), live)
 
@@ -277,26 +277,26 @@ def _predictions(scheme: Config, layer: Layer, num_layers: int, residual: Any, c
     return made
 
 
-def _entries(layers: list[Layer]) -> list[Entry]:
+def _preambles(layers: list[Layer]) -> list[Preamble]:
     """One for all depths of the same injection. Raises Refused where two make different things under one name."""
-    made = {layer.injection: layer.injection.entry() for layer in layers if layer.injection is not None}
-    entries = [entry for entry in made.values() if entry is not None]
-    names = [name for entry in entries for name in entry.provides]
+    made = {layer.injection: layer.injection.preamble() for layer in layers if layer.injection is not None}
+    preambles = [preamble for preamble in made.values() if preamble is not None]
+    names = [name for preamble in preambles for name in preamble.provides]
     if len(set(names)) < len(names):
         raise Refused("model.layers: all depths share one injection; give it the same settings wherever it stands.")
-    return entries
+    return preambles
 
 
-def _mark_live(blocks: list[Block], at_entry: Collection[str], where: str) -> frozenset[str]:
+def _mark_live(blocks: list[Block], at_start: Collection[str], where: str) -> frozenset[str]:
     """Every sublayer learns which carried names a later one reads. Returns those that the first one is handed.
 
-    at_entry: the names that there are from the start. Raises Refused for a name that nobody before its reader provides.
+    at_start: the names that there are from the start. Raises Refused for a name that nobody before its reader provides.
     """
     live: frozenset[str] = frozenset()
     for sublayer in reversed([sublayer for block in blocks for sublayer in block.sublayers()]):
         sublayer.keep(live)
         live = (live - set(sublayer.provides)) | set(sublayer.needs)
-    if missing := live.difference(at_entry):
+    if missing := live.difference(at_start):
         raise Refused(f"{where}: a layer reads {min(missing)!r}, which no layer before it provides.")
     return live
 

@@ -148,7 +148,7 @@ def test_layers_may_go_without_what_others_are_injected() -> None:
         stream, _ = block(stream, Whole.rows(1, LENGTH).at(depth))
         carried.append(set(stream.carried))
     assert carried == [{"ids", "embedding", GAIN}] * 2 + [set()] * 2
-    assert [name for name, _ in model.named_parameters() if "entries" in name] == ["entries.0.gain"]
+    assert [name for name, _ in model.named_parameters() if "preambles" in name] == ["preambles.0.gain"]
 
 
 def test_the_table_of_a_depth_is_its_own() -> None:

@@ -246,7 +246,7 @@ def tensor_names(config: ModelConfig) -> names.Names:
         "embedding.weight": "model.embed_tokens.weight",
         "norm.gain": "model.norm.weight",
         "head.weight": "lm_head.weight",
-        "entries.0.gain": "model.per_layer_projection_norm.weight",
+        "preambles.0.gain": "model.per_layer_projection_norm.weight",
         f"{ours}.injection.feedforward.table": names.Share("model.embed_tokens_per_layer.weight", 1),
         f"{ours}.injection.feedforward.context.weight": names.Share("model.per_layer_model_projection.weight", 0),
         **{f"{ours}.{a}": f"{layer}.{b}" for a, b in _NORMS.items()},

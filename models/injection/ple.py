@@ -4,7 +4,7 @@
     y = W_out (gelu(W_gate x) ⊙ (√P · table[id] + c) / √2)
 
 x is the residual as it is. The published model packs the tables of all depths into one; here each depth owns its part,
-so that sharding and pipeline stages hold and gather no other's. Only the shared gain comes from the model's entry.
+so that sharding and pipeline stages hold and gather no other's. Only the shared gain is the model's preamble.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conf.schema import at_least
 from models import activation
-from models.contract import Entry, FeedForward, Result, Sequence
+from models.contract import FeedForward, Preamble, Result, Sequence
 from models.linear import Linear
 
 GAIN = "per-layer gain"
@@ -42,12 +42,12 @@ class Config:
     def build(self, width: int, vocab: int) -> PerLayerEmbedding:
         return PerLayerEmbedding(self, width, vocab)
 
-    def entry(self) -> SharedGain:
+    def preamble(self) -> SharedGain:
         """What all depths have in common."""
         return SharedGain(self.hidden)
 
 
-class SharedGain(Entry):
+class SharedGain(Preamble):
     """Of the norm that every depth applies to its own projection of the embedding."""
 
     gain: Tensor
