@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.contract import NOTHING, Entries, Visibility
+from models.contract import NOTHING, Entries, Slot, Visibility
 from models.cores import blockwise, fused, plain
 from models.cores.merge import Core, read
 from models.sequence import Whole
@@ -182,6 +182,33 @@ def test_fused_is_plain(case: Case, heads: int, kv_heads: int) -> None:
     expected, _ = plain.core(q, k, v[..., :3], visibility, SCALE)
     close(out, expected)
     same_gradients(out, expected, (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("case", "lse", "kernel"),
+    [
+        pytest.param(Case(Whole.rows(1, 40)), False, fused.Kernel.SDPA, id="one document"),
+        pytest.param(Case(Whole.rows(1, 40)), True, fused.Kernel.MERGED, id="one document and a sink"),
+        pytest.param(Case(Whole.rows(1, 40), reach=7), True, fused.Kernel.FLEX, id="window and a sink"),
+        pytest.param(Case(packed([[15, 25]])), False, fused.Kernel.FLEX, id="packed"),
+        pytest.param(
+            Case(packed([[12, 28]]), ([[3, 7, 11]], [[0, 0, 0]])), False, fused.Kernel.OTHER_ENTRIES, id="blocks"
+        ),
+    ],
+)
+def test_every_kernel_of_the_fused_core_is_in_one_graph(
+    case: Case, lse: bool, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward alone, and FlexAttention as written: on a CPU it has no backward, and its compiler takes long."""
+    monkeypatch.setattr(fused, "_compiled", lambda function: function)
+    fused.prepare(case.sequence, [Slot("kv", (), reach=case.reach)])
+    visibility = case.visibility()
+    assert fused.kernel(visibility, 40, lse=lse) is kernel
+    q, k, v = (leaf.detach() for leaf in inputs(visibility, 4, 2, torch.float32))
+    compiled = torch.compile(fused.core, fullgraph=True, backend="aot_eager")
+    out, _ = compiled(q, k, v[..., :3], visibility, SCALE, lse=lse)
+    expected, _ = plain.core(q, k, v[..., :3], visibility, SCALE)
+    close(out, expected, 1e-5)
 
 
 @pytest.mark.parametrize("with_sink", [pytest.param(False, id="no sink"), pytest.param(True, id="sink")])
