@@ -50,6 +50,15 @@ def test_a_phase_in_which_nothing_is_chosen_is_told_by_itself() -> None:
     ]
 
 
+@pytest.mark.parametrize("scheme", choices("attention"))
+def test_a_long_row_is_told_by_a_short_one(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read(compose(["run.dir=unused", f"attention={scheme}"]))
+    lines = [kernels.told(cost.meta(config.model), "fused", torch.bfloat16, [("sparse", 10**9)])]
+    monkeypatch.setattr(kernels, "_telling", lambda slots: 300)
+    lines.append(kernels.told(cost.meta(config.model), "fused", torch.bfloat16, [("sparse", 10**9)]))
+    assert lines[0] == lines[1]
+
+
 @pytest.mark.parametrize("name", [name for name in choices("model") if name.endswith("_tiny")])
 def test_every_model_says_it_of_every_layer(name: str) -> None:
     config = read(compose(["run.dir=unused", f"model={name}"]))

@@ -48,9 +48,10 @@ def told(model: Model, core: str, dtype: torch.dtype, phases: Iterable[tuple[Mod
 @torch.no_grad()
 def _asked(model: Model, kernels: Any, length: int, *, single_document: bool) -> dict[Attention, str]:
     """By layer, in words, what computes its softmaxes over one row. kernels: a core that has several."""
+    slots = [slot for attention in model.trained_attentions() for slot in attention.slots()]
+    length = min(length, _telling(slots))
     row = torch.zeros(1, length, dtype=torch.int64, device="meta")
     sequence = Whole(row, row, single_document=single_document)
-    slots = [slot for attention in model.trained_attentions() for slot in attention.slots()]
     sequence.block_masks = dict.fromkeys(kernels.masked(sequence, slots), "stands for one")
     found: dict[Attention, str] = {}
     carried: dict[str, Any] = {}
@@ -63,6 +64,15 @@ def _asked(model: Model, kernels: Any, length: int, *, single_document: bool) ->
                 core.noted["what it chooses"] = "the gathered core"
             found[sublayer.attention] = ", ".join(f"{what} by {kernel}" for what, kernel in core.noted.items())
     return found
+
+
+def _telling(slots: list[Slot]) -> int:
+    """Tokens of a row that is read as every longer one is: it exceeds all windows, and holds more than is chosen.
+
+    A longer row would take minutes: what chooses goes through it piece by piece, even where there is no memory.
+    """
+    exceeding = [slot.lead + slot.stride * slot.chosen for slot in slots if slot.chosen is not None]
+    return max([1, *exceeding, *(slot.reach + 1 for slot in slots if slot.reach is not None)])
 
 
 def _chooses(slot: Slot, length: int) -> bool:
