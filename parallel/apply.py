@@ -6,16 +6,20 @@ The model comes from the meta device, so nothing is ever whole on one rank excep
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.model import Model
 from models.parameter import named_specs
 from parallel.recompute import Recompute, recompute
+
+# Share of a parameter that may be padding. A cut of another dim has none, but FSDP2 copies what it gathers along it.
+PADDING = 1 / 16
 
 
 def apply(
@@ -54,17 +58,27 @@ def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
     gathered = None if model.compute_dtype == stored else model.compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=stored, cast_forward_inputs=False)
     dp_mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
+    cut = partial(placement, ranks=mesh["shard"].size())
+    shard_unit = partial(fully_shard, mesh=dp_mesh, shard_placement_fn=cut, mp_policy=policy, ignored_params=whole)
     for unit in model.units():
-        fully_shard(
-            unit, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=reshard_after_forward
-        )
-    fully_shard(model, mesh=dp_mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
+        shard_unit(unit, reshard_after_forward=reshard_after_forward)
+    shard_unit(model, reshard_after_forward=False)
     # a state that a later layer reads may hold views; FSDP hooks its gradient, and nothing writes into what is carried
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor", UserWarning)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def placement(parameter: Tensor, ranks: int) -> Shard:
+    """Which dim of a parameter is cut: the first, unless that leaves many ranks without a share (fewer experts than
+    ranks) and another is cut evenly. An uneven cut is padded to an even one, which FSDP2 does of dim 0 alone.
+    """
+    rows = parameter.shape[0]
+    padded = -(-rows // ranks) * ranks
+    even = (dim for dim, size in enumerate(parameter.shape) if size % ranks == 0)
+    return Shard(0 if padded <= (1 + PADDING) * rows else next(even, 0))
 
 
 def sum_gradients(model: Model, mesh: DeviceMesh) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from torch.optim import Optimizer
 
 from conf.schema import Refused
 from models.parameter import Parametrization
+from parallel.apply import placement
 from tests.toy import Toy, everything, toy, train
 from train.checkpoint import Checkpoints, SaveFailed
 from train.optimizer.adamw import Config as AdamWConfig
@@ -60,8 +62,9 @@ class Run:
     """A sharded toy, its optimizer and its counters."""
 
     def __init__(self, config: Config) -> None:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self.model = cast(Toy, fully_shard(toy(torch.float32), mesh=mesh))
+        size = dist.get_world_size()
+        mesh, cut = init_device_mesh("cpu", (size,)), partial(placement, ranks=size)
+        self.model = cast(Toy, fully_shard(toy(torch.float32), mesh=mesh, shard_placement_fn=cut))
         self.optimizer: Optimizer = config.build(self.model, Parametrization())
 
     def state(self, plain: Any) -> dict[str, Any]:

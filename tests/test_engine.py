@@ -18,14 +18,17 @@ from data.loader import Loader
 from data.source import Window
 from models import mechanism
 from models.ahead import Ahead
+from models.model import Model
 from models.moe.router import Router
 from models.parameter import named_specs
 from models.sequence import Whole
+from parallel.apply import placement, shard
 from tests.runs import TINY
 from tests.toy import everything, whole
 from train.config import read
 from train.engines.torch import Engine
 from train.meter import Clock
+from train.optimizer.shards import local
 from train.ranks import Ranks
 
 RunRanks = Callable[..., list[Any]]
@@ -95,7 +98,7 @@ def _train(overrides: list[str], prepare: Callable[[Engine], None] = starve, ste
         results |= {f"step {step} load of layer {layer}": load for layer, load in result.loads.items()}
     results |= everything(engine.model, engine.optimizer)
     results |= {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-    evaluation = engine.evaluate(data.fixed(num_samples=6, batch_size=4))
+    evaluation = engine.evaluate(data.fixed(num_samples=12, batch_size=8))
     for name, value in evaluation._asdict().items():
         numbers = (
             [item or 0.0 for item in value] if isinstance(value, list) else value
@@ -180,6 +183,7 @@ def test_multi_token_prediction_is_weighed(ranks: RunRanks) -> None:
     [
         pytest.param(2, [], id="2 ranks"),
         pytest.param(4, [], id="4 ranks"),
+        pytest.param(8, [], id="8 ranks, more than experts"),
         pytest.param(2, ["parallel.replicate=2"], id="2 replicas"),
         pytest.param(4, ["parallel.replicate=2"], id="2 replicas of 2 ranks"),
         pytest.param(1, ["train.micro_batch=3"], id="uneven accumulation"),
@@ -198,6 +202,46 @@ def test_layouts_equal_one_process(
     for of_rank in ranks(world_size, _train_both, overrides):
         for found, reference in zip(of_rank, expected, strict=True):
             assert_equal(found, reference)
+
+
+def _held_of_experts(overrides: list[str]) -> tuple[int, int]:
+    """Elements of the experts' matrices on this rank, and of all ranks."""
+    config, world = read(compose([*BASE, *overrides])), this_rank()
+    with torch.device("meta"):
+        model = Model(config.model)
+    shard(model, config.parallel.mesh(world.world_size, "cpu"), True)
+    experts = [parameter for _, parameter, spec in named_specs(model) if spec.role in ("expert", "expert_output")]
+    return sum(local(parameter).numel() for parameter in experts), sum(parameter.numel() for parameter in experts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups"),
+    [
+        pytest.param([], 1, id="8 ranks, 4 experts"),
+        pytest.param(["moe.experts=6"], 1, id="8 ranks, 6 experts"),
+        pytest.param(["moe.experts=6", "parallel.replicate=2"], 2, id="2 replicas of 4 ranks, 6 experts"),
+    ],
+)
+def test_every_rank_holds_its_share_of_the_experts(ranks: RunRanks, overrides: list[str], groups: int) -> None:
+    for held, all_of_them in ranks(8, _held_of_experts, overrides):
+        assert held == all_of_them * groups / 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dim"),
+    [
+        pytest.param((8, 28672, 4096), 8, 0, id="Mixtral, as many ranks as experts"),
+        pytest.param((8, 28672, 4096), 64, 1, id="Mixtral, more"),
+        pytest.param((128, 1536, 2048), 64, 0, id="several experts a rank"),
+        pytest.param((50257, 768), 8, 0, id="a little padding"),
+        pytest.param((576, 7168), 128, 1, id="much padding"),
+        pytest.param((4, 100, 60), 8, 0, id="nothing is even"),
+        pytest.param((3,), 8, 0, id="a vector"),
+    ],
+)
+def test_what_is_cut(shape: tuple[int, ...], ranks: int, dim: int) -> None:
+    with torch.device("meta"):
+        assert placement(torch.empty(shape), ranks).dim == dim
 
 
 def _held_between_micro_batches(overrides: list[str]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from conf.schema import Refused
 from models.parameter import Module, Parametrization, Spec, named_specs
+from parallel.apply import placement
 from tests.toy import Toy, everything, give, gradients, toy, train
 from train.optimizer import clip_gradients, read
 from train.optimizer.adamw import Config as AdamWConfig
@@ -187,15 +189,22 @@ def layouts() -> list[Any]:
         pytest.param(1, "fsdp", id="1 rank"),
         pytest.param(2, "fsdp", id="2 ranks"),
         pytest.param(3, "fsdp", id="3 ranks"),
+        pytest.param(2, "runs", id="2 ranks, stacks cut by rows"),
+        pytest.param(4, "runs", id="4 ranks, stacks cut by columns"),
         pytest.param(4, "hsdp", id="2x2 ranks, replicated and sharded"),
         pytest.param(4, "tensor", id="2x2 ranks, cut by rows and columns"),
     ]
 
 
 def shard(model: Toy, layout: str) -> Toy:
-    """FSDP2 over all ranks, HSDP over a square of them, or columns over one axis and rows over the other."""
+    """FSDP2 over all ranks, of first dims or as runs cut, HSDP over a square of them, or columns over one axis and rows
+    over the other."""
+    size = dist.get_world_size()
     if layout == "fsdp":
-        return cast(Toy, fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),))))
+        return cast(Toy, fully_shard(model, mesh=init_device_mesh("cpu", (size,))))
+    if layout == "runs":
+        cut = partial(placement, ranks=size)
+        return cast(Toy, fully_shard(model, mesh=init_device_mesh("cpu", (size,)), shard_placement_fn=cut))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     if layout == "hsdp":
         return cast(Toy, fully_shard(model, mesh=mesh))
