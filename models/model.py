@@ -60,7 +60,7 @@ class Model(nn.Module):
     """Built on the current default device, uninitialised; `initialise` fills it.
 
     compute_dtype: of activations and matrix products. Parameters keep their own dtype, and those declared fp32 are
-    computed in it whatever this says.
+    computed in it whatever this says. parametrization: how the parameters start and are optimised.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
@@ -81,6 +81,7 @@ class Model(nn.Module):
         _refuse_misread(self.attention_sublayers())
         _refuse_unknown_ids(self.feedforwards(), config.vocab)
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
+        self.parametrization = Parametrization(std=config.std, num_layers=len(layers))
         at_start = {"ids", "embedding"}.union(*(preamble.provides for preamble in self.preambles))  # type: ignore[arg-type]
         self.live = _mark_live(self.depths(), at_start, "model.layers")
 
@@ -141,9 +142,6 @@ class Model(nn.Module):
         """Of every sublayer, in order of depth, without multi-token prediction's."""
         return [module for module in self.blocks.modules() if isinstance(module, Residual)]
 
-    def parametrization(self) -> Parametrization:
-        return Parametrization(std=self.config.std, num_layers=len(self.blocks))
-
     @torch.no_grad()
     def initialise(self, seed: int, write: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
         """Fill every parameter by its role, from a generator of its own, and every buffer as its owner says.
@@ -151,11 +149,10 @@ class Model(nn.Module):
         Drawn whole, in float32 on the CPU, so that a model, or a stage of it, is the same on every device and in every
         layout; `write` copies the drawn values into the parameter, or into this rank's part of it.
         """
-        rules = self.parametrization()
         for name, parameter, spec in named_specs(self):
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            rules.initialise(drawn, spec, generator)
+            self.parametrization.initialise(drawn, spec, generator)
             write(parameter, drawn)
             del drawn  # or it would live until the next one is there too
         for name, module in self.named_modules():

@@ -1,9 +1,10 @@
-"""What every parameter says of itself, in one place: its logical axes, its role, its compute dtype.
+"""What every parameter says of itself, in one place: its shape, its logical axes, its role, its compute dtype.
 
-A module declares its parameters through `Module.declare`; three readers need nothing else to know them:
-`parallel/` maps logical axes to mesh axes, the parametrization below maps a role to its initialisation, learning-rate
-scale, Adam epsilon and weight decay, and the optimizer partitions by role. The declaration is kept on the module
-(not on the tensor), under the parameter's name, so it survives sharding wrappers and meta-device construction.
+A module declares its parameters through `Module.declare`; three readers need nothing else to know them: the
+parametrization below maps role and shape to initialisation, learning-rate scale, Adam epsilon and weight decay, the
+optimizer partitions by these, and `parallel/` leaves whole what is declared fp32. It shards by shape alone, so that the
+logical axes are for people, until an axis of the mesh cuts heads or experts. The declaration is kept on the module (not
+on the tensor), under the parameter's name, so it survives sharding wrappers and meta-device construction.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Role = Literal[
 class Spec:
     """One parameter's declaration.
 
-    axes: the logical axis of each dim, e.g. ("heads", "width"); the sharding table maps these to mesh axes.
+    shape: of the whole parameter, however little of it is here. The last dim of a matrix is what it reads: its fan-in.
+    axes: the logical axis of each dim, e.g. ("heads", "width").
     role: what the parameter is for; the parametrization and the optimizer read it.
     fp32: computed in float32 even where the model computes in bfloat16. No wrapper may cast it.
     split: sizes of logically independent matrices along the first matrix dim, e.g. (latent, rope); empty = one matrix.
@@ -45,6 +47,7 @@ class Spec:
     what is declared fp32.
     """
 
+    shape: tuple[int, ...]
     axes: tuple[str, ...]
     role: Role
     fp32: bool = False
@@ -80,7 +83,7 @@ class Module(nn.Module):
             raise ValueError(f"parameter {name} has {len(shape)} dims but {len(axes)} logical axes")
         if split and sum(split) != shape[-2]:
             raise ValueError(f"parameter {name} splits into {split}, which is not its {shape[-2]} rows")
-        self.specs[name] = Spec(axes, role, fp32, split, start, sensitive)
+        self.specs[name] = Spec(shape, axes, role, fp32, split, start, sensitive)
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def start_buffers(self, generator: torch.Generator) -> None:
@@ -105,9 +108,10 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spec]]:
 
 @dataclass(frozen=True)
 class Parametrization:
-    """How a role is initialised and optimised: the standard parametrization.
+    """How a parameter is initialised and optimised: the standard parametrization, which looks at its role alone.
 
-    One object carries all four rules so that another one (µP, say) can replace them together.
+    One object carries all rules, and a model has one (`Model.parametrization`), so that another one can replace them
+    together: µP, say, whose rules are of role and fan-in.
     Matrices are drawn from a normal distribution of standard deviation `std`, those that write to the residual stream
     from `std / sqrt(2 · num_layers)` (GPT-2, section 2.3); gains are 1, biases, sinks and position biases 0.
     """

@@ -95,7 +95,7 @@ class Engine:
         self.mode: Mode = "sparse"
         self.mtp_weight = train.first_mtp_weight
         settings = optimizer.read(config.optimizer)
-        self.optimizer = settings.build(self.model, self.model.parametrization())
+        self.optimizer = settings.build(self.model, self.model.parametrization)
         self.before_update: Callable[[], None] = lambda: None
 
     def set_mode(self, mode: Mode) -> None:
