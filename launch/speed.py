@@ -45,6 +45,7 @@ def measure(config: run_config.Config, ranks: Ranks, num_steps: int, documents: 
     """Run the steps; returns the line."""
     torch.manual_seed(ranks.rank)
     engine = Engine(config, ranks)
+    engine.initialise()
     length, rows = config.train.sequence_length, config.train.batch_tokens // config.train.sequence_length
     seconds: list[float] = []
     parts: dict[str, list[float]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.schema import Refused
-from models import loss, norm
+from models import initial, loss, norm
 from models.ahead import Ahead, Config, Made, Prediction
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer, Writer
 from models.config import Layer, ModelConfig, resolve, resolve_mtp, resolve_residual
@@ -143,21 +142,20 @@ class Model(nn.Module):
         return [module for module in self.blocks.modules() if isinstance(module, Residual)]
 
     @torch.no_grad()
-    def initialise(self, seed: int, write: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
-        """Fill every parameter by its role, from a generator of its own, and every buffer as its owner says.
+    def initialise(
+        self, seed: int, here: Callable[[Tensor], initial.Part] = initial.whole, among: tuple[str, ...] = ("",)
+    ) -> None:
+        """Fill every parameter by its role, and every buffer as its owner says: the same in every layout.
 
-        Drawn whole, in float32 on the CPU, so that a model, or a stage of it, is the same on every device and in every
-        layout; `write` copies the drawn values into the parameter, or into this rank's part of it.
+        here: the part of a parameter that this process holds, and fills. among: what the names of the parameters begin
+        with that are filled at all; of the others, somebody else knows the values.
         """
         for name, parameter, spec in named_specs(self):
-            generator = torch.Generator().manual_seed(_seed_of(seed, name))
-            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            self.parametrization.initialise(drawn, spec, generator)
-            write(parameter, drawn)
-            del drawn  # or it would live until the next one is there too
+            if name.startswith(among):
+                initial.fill(here(parameter), spec, self.parametrization, seed, name)
         for name, module in self.named_modules():
             if isinstance(module, Module):
-                module.start_buffers(torch.Generator().manual_seed(_seed_of(seed, name)))
+                module.start_buffers(initial.generator(seed, name))
 
     def forward(
         self,
@@ -232,11 +230,6 @@ class Model(nn.Module):
         for block, load in zip(self.trained_blocks(), loads, strict=True):
             if load is not None:
                 block.update_bias(load)
-
-
-def _seed_of(seed: int, name: str) -> int:
-    """Of one parameter: a function of the run's seed and its name alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
 
 
 def _block(index: int, layer: Layer, residual: Any, config: ModelConfig) -> Block:

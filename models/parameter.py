@@ -119,11 +119,8 @@ class Parametrization:
     std: float = 0.02
     num_layers: int = 1
 
-    def initialise(self, tensor: Tensor, spec: Spec, generator: torch.Generator | None) -> None:
-        """Fill `tensor` in place."""
-        if spec.start is not None:
-            spec.start(tensor)
-            return
+    def initialise(self, tensor: Tensor, spec: Spec, generator: torch.Generator) -> None:
+        """Fill `tensor`, any rows of the parameter, in place; not asked where the parameter has a start of its own."""
         match spec.role:
             case "gain":
                 tensor.fill_(1.0)

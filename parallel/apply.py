@@ -1,6 +1,7 @@
-"""Everything that is done to a model before it trains, in one stated order: recompute, compile, shard, fill.
+"""Everything that is done to a model before it trains, in one stated order: recompute, compile, shard, allocate; then
+`held` says which part of a parameter a rank fills.
 
-The model comes from the meta device, so nothing is ever whole on one rank except, for a moment, one parameter.
+The model comes from the meta device, so no parameter is ever whole on one rank that does not keep it so.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import warnings
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from models import initial
 from models.model import Model
 from models.parameter import named_specs
 from parallel.recompute import Recompute, recompute
@@ -29,9 +32,8 @@ def apply(
     recomputed: Recompute,
     compile_blocks: bool,
     reshard_after_forward: bool,
-    seed: int,
 ) -> Model:
-    """Returns the same model: sharded over `mesh`, on its device, initialised from `seed` whatever the layout."""
+    """Returns the same model: sharded over `mesh`, on its device, not initialised."""
     recompute(model, recomputed)
     if compile_blocks:
         # all blocks share one code object: each scheme, and each kind of packing, is a graph of its own
@@ -40,9 +42,7 @@ def apply(
             unit.compile(fullgraph=True)
     if mesh.size() > 1:
         shard(model, mesh, reshard_after_forward)
-    model.to_empty(device=mesh.device_type)
-    model.initialise(seed, write)
-    return model
+    return model.to_empty(device=mesh.device_type)
 
 
 def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
@@ -93,14 +93,12 @@ def sum_gradients(model: Model, mesh: DeviceMesh) -> None:
             gradient.copy_(summed.view_as(gradient))
 
 
-def write(parameter: nn.Parameter, values: Tensor) -> None:
-    """Copy `values`, the whole parameter on the CPU, into this rank's part of `parameter`."""
-    if isinstance(parameter, DTensor):
-        whole = values.to(device=parameter.device, dtype=parameter.dtype)
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(values)
+def held(parameter: Tensor) -> initial.Part:
+    """This rank's part of a parameter, sharing memory with it."""
+    if not isinstance(parameter, DTensor):
+        return initial.whole(parameter)
+    _, begin = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return initial.Part(parameter.to_local(), begin)
 
 
 def defer_replicas(model: Model, defer: bool) -> None:

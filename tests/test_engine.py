@@ -81,6 +81,7 @@ def _train(overrides: list[str], prepare: Callable[[Engine], None] = starve, ste
     """Everything that a few steps compute, whole, by name."""
     config = read(compose(overrides))
     engine, data = Engine(config, this_rank()), loader(config.train.sequence_length)
+    engine.initialise()
     prepare(engine)
     results: Results = {}
     step = 0
@@ -149,6 +150,7 @@ def _weighed(overrides: list[str]) -> tuple[list[Results], Results]:
     found: list[Results] = []
     for weight in (0.0, 0.25):
         engine = Engine(read(compose([*BASE, "train.compute=fp64", "train.clip=null", *overrides])), this_rank())
+        engine.initialise()
         engine.mtp_weight = weight
         results: Results = {}
 
@@ -247,6 +249,7 @@ def test_what_is_cut(shape: tuple[int, ...], ranks: int, dim: int) -> None:
 def _held_between_micro_batches(overrides: list[str]) -> tuple[int, int]:
     """Bytes of this rank's gradients after the first of two micro-batches, and of all parameters whole."""
     engine = Engine(read(compose([*BASE, "train.compute=fp64", *overrides])), this_rank())
+    engine.initialise()
     held: list[int] = []
 
     def measure(*_: object) -> None:
@@ -325,6 +328,7 @@ def test_shipped_models_under_fsdp_equal_one_process(ranks: RunRanks) -> None:
 def _dtypes(overrides: list[str]) -> tuple[dict[str, set[str]], float]:
     """By parameter declared fp32, the dtypes it was seen in: stored, in a forward, its gradient; and the last loss."""
     engine = Engine(read(compose([*BASE, *overrides])), this_rank())
+    engine.initialise()
     seen: dict[str, set[str]] = {name: set() for name, _, spec in named_specs(engine.model) if spec.fp32}
     modules = dict(engine.model.named_modules())
 
@@ -363,6 +367,7 @@ def test_bf16_lowers_no_parameter_that_is_declared_fp32(ranks: RunRanks, world_s
 
 def _finite(overrides: list[str]) -> list[bool]:
     engine = Engine(read(compose([*BASE, *overrides])), this_rank())
+    engine.initialise()
     answers = [engine.is_finite()]
     if dist.get_rank() == dist.get_world_size() - 1:
         next(reversed(list(engine.optimizer.state.values())))["exp_avg"].fill_(float("nan"))

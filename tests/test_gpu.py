@@ -184,6 +184,7 @@ def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(name: st
         sizes = ["train.sequence_length=256", "train.batch_tokens=1024", "train.micro_batch=4"]
         config = read(compose([f"model={name}", "run.dir=unused", *sizes, *settings]))
         engine, clock = Engine(config, alone), Clock(alone.device)
+        engine.initialise()
         torch.manual_seed(1)
         vocab, depth = config.model.vocab, engine.model.mtp_depth
         batches = [random_batch(4, 256, vocab, documents=3, depth=depth) for _ in range(number)]

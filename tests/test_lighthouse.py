@@ -170,6 +170,7 @@ def _first_steps() -> dict[str, tuple[float, float]]:
     ]
     for name, overrides, mode in ways:
         engine = Engine(read(compose([*GLOBAL, "train.compute=fp64", *overrides])), this_rank())
+        engine.initialise()
         engine.set_mode(mode)
         if name == "light":  # a training step before the validation
             engine.step(loader().batch(0, ROWS), 0.0, Clock(torch.device("cpu")))

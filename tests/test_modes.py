@@ -107,6 +107,7 @@ def _steps(modes: list[Mode]) -> dict[str, Tensor]:
     overrides = [*SMALL, "train.sequence_length=12", f"train.batch_tokens={12 * ROWS}", "train.micro_batch=2"]
     config = read(compose([*overrides, "train.compute=fp64", "train.clip=0.01", "moe.balance_loss=0.1"]))
     engine, data = Engine(config, this_rank()), loader(depth=2)
+    engine.initialise()
     results: dict[str, Tensor] = {}
     for step, mode in enumerate(modes):
         engine.set_mode(mode)
@@ -129,6 +130,7 @@ def _norms(mode: Mode) -> tuple[float, dict[str, float]]:
     """The norm that a step tells, and those of both groups after clipping."""
     config = read(compose([*SMALL, "train.compute=fp64", "train.clip=0.01", "attention.indexer.kl_loss=1e4"]))
     engine, groups = Engine(config, this_rank()), {}
+    engine.initialise()
     engine.set_mode(mode)
 
     def note(*_: object) -> None:

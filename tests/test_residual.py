@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from conf import schema
 from models import mechanism
+from models.initial import fill, whole
 from models.parameter import Parametrization, named_specs
 from models.residual.mhc import sinkhorn
 
@@ -30,10 +31,8 @@ def initialised(width: int, seed: int = 0) -> Any:
     residual, _ = build(width)
     std = 0.006 * math.sqrt(7168 / width)
     with torch.no_grad():
-        for _, parameter, spec in named_specs(residual):
-            drawn = torch.empty(parameter.shape)
-            Parametrization(std=std).initialise(drawn, spec, torch.Generator().manual_seed(seed))
-            parameter.copy_(drawn)
+        for name, parameter, spec in named_specs(residual):
+            fill(whole(parameter), spec, Parametrization(std=std), seed, name)
     return residual
 
 

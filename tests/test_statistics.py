@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 def _watched(overrides: list[str]) -> tuple[dict[str, Any], dict[str, int], float, dict[str, float]]:
     """The line of the second step, each parameter's size, the gradient's norm, and the updates as measured outside."""
     engine = Engine(read(compose([*BASE, "train.compute=fp64", *overrides])), this_rank())
+    engine.initialise()
     engine.step(loader().batch(0, ROWS), 1e-2, Clock(CPU))
     before = everything(engine.model, engine.optimizer)
     watch = engine.watch()
@@ -83,6 +84,7 @@ def test_layouts_agree(ranks: RunRanks, expected: Any, world_size: int, override
 def _told_before_the_update(overrides: list[str]) -> tuple[list[str], list[str]]:
     """What differs from the state before the step: when `before_update` is called, and in the end."""
     engine = Engine(read(compose([*BASE, *overrides])), this_rank())
+    engine.initialise()
     engine.step(loader().batch(0, ROWS), 1e-2, Clock(CPU))
 
     def state() -> dict[str, Tensor]:

@@ -186,6 +186,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
 def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, course: Course) -> Progress:
     """The newest good checkpoint of this run, or the weights that train.init names, or none."""
     if checkpoints.latest() is not None:
+        engine.initialise(among=())
         checkpoint = checkpoints.load({**engine.state(), "progress": {"step": 0, "owes_validation": False}})
         if checkpoint.facts.get("data") != course.fingerprint:
             raise Refused(
@@ -202,6 +203,7 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
         return progress
     if config.train.init is not None:
+        engine.initialise(among=(pretrained.AHEAD,))
         path, weights = Path(config.train.init), engine.state()["model"]
         (alone,) = engine.ranks.total(int(engine.ranks.first and is_weights_alone(path)))
         if alone:
@@ -210,6 +212,8 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
             path = checkpoints.load({"model": weights}, path, optional="model.mtp").path
         engine.load_weights(weights)
         log.info("started from the weights of %s", path)
+        return Progress()
+    engine.initialise()
     return Progress()
 
 

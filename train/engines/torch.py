@@ -19,7 +19,7 @@ from models.linear import full_precision
 from models.mode import Mode
 from models.model import Losses, Model, Scores
 from models.sequence import Whole, local_readers
-from parallel.apply import apply, defer_replicas, sum_gradients, total
+from parallel.apply import apply, defer_replicas, held, sum_gradients, total
 from train import optimizer
 from train.config import Config
 from train.meter import Clock
@@ -62,7 +62,8 @@ class Evaluation(NamedTuple):
 
 
 class Engine:
-    """One model, one optimizer, all ranks. before_update: called in each step before anything of the state changes."""
+    """One model, one optimizer, all ranks; empty until `initialise`. before_update: called in each step before anything
+    of the state changes."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         train = config.train
@@ -85,7 +86,6 @@ class Engine:
             recomputed=train.recompute,
             compile_blocks=train.compile,
             reshard_after_forward=config.parallel.reshard_after_forward,
-            seed=train.seed,
         )
         self.approximated = approximate.cores(train.approximate, self.model.attentions())
         selectors = [part for attention in self.model.trained_attentions() for part in attention.selector()]
@@ -97,6 +97,11 @@ class Engine:
         settings = optimizer.read(config.optimizer)
         self.optimizer = settings.build(self.model, self.model.parametrization)
         self.before_update: Callable[[], None] = lambda: None
+
+    def initialise(self, among: tuple[str, ...] = ("",)) -> None:
+        """Give the model its first values: parameters whose names begin with one of `among`, all buffers. Before `load`
+        nothing need be drawn that it overwrites."""
+        self.model.initialise(self.config.train.seed, held, among)
 
     def set_mode(self, mode: Mode) -> None:
         """Between phases, as `mtp_weight`, the factor on multi-token prediction's loss. In a warm-up what chooses is
