@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ import yaml
 
 from conf.compose import choices, compose, groups
 from tests import runs
-from tests.runs import MTP, TINY
+from tests.runs import MTP, TASK, TINY
+from tests.test_engine import this_rank
+from train import run as running
 from train.__main__ import main
 from train.config import read
 from train.metrics import Metrics
@@ -41,9 +44,23 @@ def test_the_directory_holds_what_scripts_rely_on(place: Path) -> None:
     assert read(yaml.safe_load((run / "config.yaml").read_text())) == expected
     assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
     assert environment["layout"]["ranks"] == 1
+    assert environment["layout"]["device"]
     assert environment["packages"]["torch"] == torch.__version__
     with tarfile.open(run / environment["archive"]) as archive:
         assert {"train/loop.py", "conf/train.yaml", "models/model.py"} <= set(archive.getnames())
+
+
+def _revisions_asked(folder: Path) -> int:
+    os.chdir(folder)
+    asked: list[None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.rundir.revision", lambda: asked.append(None))
+        assert running.run(read(compose([*TASK, "train.steps=1", "run.dir=asked"])), this_rank()) == 0
+    return len(asked)
+
+
+def test_one_rank_asks_git(ranks: Callable[..., list[int]], tmp_path: Path) -> None:
+    assert ranks(2, _revisions_asked, tmp_path) == [1, 0]
 
 
 def test_metrics_have_each_step_once_and_whole(place: Path) -> None:

@@ -144,7 +144,6 @@ def check(config: Config, world_size: int) -> Sources:
 def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, held: ExitStack) -> Run:
     """From checked input to a run that stands at its step; what is refused here is so before the first write."""
     directory = Path(config.run.dir)
-    environment = rundir.describe_environment(config, ranks)
     if config.run.deterministic:  # only then: the call imports a compiler
         torch.use_deterministic_algorithms(True)
     engine = Engine(config, ranks)
@@ -152,7 +151,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
         directory / "checkpoints",
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        facts={**environment["layout"], "data": sources.train.fingerprint},
+        facts={**rundir.layout(ranks), "data": sources.train.fingerprint},
         grace=grace(),
     )
     engine.before_update = checkpoints.release
@@ -160,7 +159,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
     course = sources.train if progress.data is None else sources.train.resumed(Standing.read(progress.data))
     metrics = None
     if ranks.first:
-        rundir.settle(directory, config, environment, progress.step)
+        rundir.settle(directory, config, rundir.describe_environment(config, ranks), progress.step)
         drop_after(directory / statistics.FILE, progress.step)
         metrics = Metrics(directory, config, progress.step, owes_validation=progress.owes_validation)
         held.callback(metrics.close)

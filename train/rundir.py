@@ -183,8 +183,23 @@ def was_stopped(directory: Path) -> bool:
         return False
 
 
+def layout(ranks: Ranks) -> dict[str, Any]:
+    """What a run may be resumed without; the losses then differ in their last digits."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else _processor()
+    return {"ranks": ranks.world_size, "threads": torch.get_num_threads(), "device": device}
+
+
+def _processor() -> str:
+    """Its name, where the system tells more than the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its configuration."""
+    """What the numbers of a run may depend on besides its configuration. Asks git, which may take seconds."""
     packages = ("numpy", "hydra-core", "datasets", "megatron-core", "triton", "flash-attn", "flash-attn-4")
     versions = {"torch": str(torch.__version__)}  # which says for which CUDA it was built, too
     for package in packages:
@@ -192,9 +207,8 @@ def describe_environment(config: Config, ranks: Ranks) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor()
     return {
-        "layout": {"ranks": ranks.world_size, "threads": torch.get_num_threads(), "device": device},
+        "layout": layout(ranks),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": versions,
