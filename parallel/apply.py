@@ -49,9 +49,11 @@ def shard(model: Model, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
     """FSDP2 (arXiv 2304.11277), or HSDP where the mesh replicates: each block a unit, each module of multi-token
     prediction one, embedding, norm and head one.
 
-    Parameters are gathered in the compute dtype. Those declared fp32 are small, and a unit has one dtype: they stay
-    whole on every rank, and `sum_gradients` does for them what FSDP does for the others. Gradients are summed, in the
-    storage dtype: the loss is already divided by global counts.
+    Parameters are gathered in the compute dtype. A unit has one, and those declared fp32, which a scheme's methods read
+    beside others, are no unit of their own: they stay whole on every rank, with their optimizer state, and
+    `sum_gradients` does for them what FSDP does for the others, after the backward. They are small: 0.016 % of
+    DeepSeek-V3's parameters, 1 % of what a rank of 64 holds. Gradients are summed, in the storage dtype: the loss is
+    already divided by global counts.
     """
     whole = {parameter for _, parameter, spec in named_specs(model) if spec.fp32}
     stored = next(model.parameters()).dtype
