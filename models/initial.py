@@ -8,50 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from models.box import Box
 from models.parameter import Parametrization, Spec
 
 # Elements of a block: enough to hide what a generator costs, few enough that a part's borders waste little. Of a seed
-# torch's generator keeps 32 bits: among the millions of blocks of the largest models a few are alike.
+# torch's generator keeps 32 bits: of the millions of blocks of the largest models a few thousand are alike.
 BLOCK = 1 << 18
 
 
-class Part(NamedTuple):
-    """What is here of a parameter. values: a box of it. begin: where that begins, along each dim."""
-
-    values: Tensor
-    begin: tuple[int, ...]
-
-
-def whole(parameter: Tensor) -> Part:
-    """All of it."""
-    return Part(parameter, (0,) * parameter.ndim)
-
-
-def fill(part: Part, spec: Spec, rules: Parametrization, seed: int, name: str) -> None:
-    """Fill `part.values` in place; drawn in float32 on the CPU, so that every device has the same."""
-    box = [slice(begin, begin + size) for begin, size in zip(part.begin, part.values.shape, strict=True)]
+def fill(box: Box, spec: Spec, rules: Parametrization, seed: int, name: str) -> None:
+    """Fill this box of a parameter in place; drawn in float32 on the CPU, so that every device has the same."""
+    local = box.local
     if spec.start is not None:  # not drawn, and small
         started = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
         spec.start(started)
-        part.values.copy_(started[tuple(box)])
+        local.copy_(started[box.slices()])
         return
     *stack, width = spec.shape
+    *of_stack, columns = box.slices()
     height = math.prod(stack)
-    rows = torch.arange(height, device="cpu").view(stack)[tuple(box[:-1])].flatten()
+    rows = torch.arange(height, device="cpu").view(stack)[tuple(of_stack)].flatten()
     block_rows = max(1, BLOCK // width)
     blocks, counts = (found.tolist() for found in torch.unique_consecutive(rows // block_rows, return_counts=True))
-    targets = part.values.view(len(rows), part.values.shape[-1]).split(counts)
+    targets = local.view(len(rows), local.shape[-1]).split(counts)
     for block, mine, target in zip(blocks, rows.split(counts), targets, strict=True):
         first = block * block_rows
         drawn = torch.empty(min(block_rows, height - first), width, dtype=torch.float32, device="cpu")
         number = () if height <= block_rows else (block,)  # one block goes by the parameter's name alone
         rules.initialise(drawn, spec, generator(seed, name, *number))
-        target.copy_(drawn[mine - first, box[-1]])
+        target.copy_(drawn[mine - first, columns])
 
 
 def generator(seed: int, *of: object) -> torch.Generator:

@@ -14,6 +14,7 @@ from conf.schema import Refused
 from models import initial, loss, norm
 from models.ahead import Ahead, Config, Made, Prediction
 from models.block import AttentionSublayer, Block, FeedForwardSublayer, Sublayer, Writer
+from models.box import Box, whole
 from models.config import Layer, ModelConfig, resolve, resolve_mtp, resolve_residual
 from models.contract import Attention, Ends, FeedForward, Preamble, Report, Residual, Sequence
 from models.linear import Linear
@@ -142,12 +143,10 @@ class Model(nn.Module):
         return [module for module in self.blocks.modules() if isinstance(module, Residual)]
 
     @torch.no_grad()
-    def initialise(
-        self, seed: int, here: Callable[[Tensor], initial.Part] = initial.whole, among: tuple[str, ...] = ("",)
-    ) -> None:
+    def initialise(self, seed: int, here: Callable[[Tensor], Box] = whole, among: tuple[str, ...] = ("",)) -> None:
         """Fill every parameter by its role, and every buffer as its owner says: the same in every layout.
 
-        here: the part of a parameter that this process holds, and fills. among: what the names of the parameters begin
+        here: the box of a parameter that this process holds, and fills. among: what the names of the parameters begin
         with that are filled at all; of the others, somebody else knows the values.
         """
         for name, parameter, spec in named_specs(self):

@@ -1,5 +1,5 @@
-"""Everything that is done to a model before it trains, in one stated order: recompute, compile, shard, allocate; then
-`held` says which part of a parameter a rank fills.
+"""Everything that is done to a model before it is filled and trains, in one stated order: recompute, compile, shard,
+allocate.
 
 The model comes from the meta device, so no parameter is ever whole on one rank that does not keep it so.
 """
@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import Shard
 
-from models import initial
 from models.model import Model
 from models.parameter import named_specs
 from parallel.recompute import Recompute, recompute
@@ -93,14 +91,6 @@ def sum_gradients(model: Model, mesh: DeviceMesh) -> None:
         flat = total(torch.cat([gradient.flatten() for gradient in present]), mesh)
         for gradient, summed in zip(present, flat.split([g.numel() for g in present]), strict=True):
             gradient.copy_(summed.view_as(gradient))
-
-
-def held(parameter: Tensor) -> initial.Part:
-    """This rank's part of a parameter, sharing memory with it."""
-    if not isinstance(parameter, DTensor):
-        return initial.whole(parameter)
-    _, begin = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return initial.Part(parameter.to_local(), begin)
 
 
 def defer_replicas(model: Model, defer: bool) -> None:

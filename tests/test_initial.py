@@ -16,10 +16,12 @@ from torch import Tensor
 
 from conf.compose import compose
 from models import initial
-from models.initial import Part, fill, whole
+from models.box import Box, whole
+from models.initial import fill
 from models.model import Model
 from models.parameter import Parametrization, Spec, named_specs
-from parallel.apply import held, shard
+from parallel.apply import shard
+from parallel.box import box_of
 from tests import runs
 from tests.runs import MTP, TASK, TINY
 from tests.test_engine import this_rank
@@ -34,10 +36,10 @@ def spec(*shape: int, **more: Any) -> Spec:
     return Spec(shape, ("any",) * len(shape), "projection", **more)
 
 
-def filled(of: Spec, part: Part | None = None) -> Tensor:
+def filled(of: Spec, part: Box | None = None) -> Tensor:
     part = whole(torch.empty(of.shape)) if part is None else part
     fill(part, of, Parametrization(), 7, "name")
-    return part.values
+    return part.local
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def test_a_part_is_filled_as_in_the_whole(of: Spec, monkeypatch: pytest.MonkeyPa
         edges = [sorted(draw.choices(range(size + 1), k=2)) for size in of.shape]
         box = tuple(slice(*edge) for edge in edges)
         values = torch.empty([stop - begin for begin, stop in edges])
-        assert torch.equal(filled(of, Part(values, tuple(begin for begin, _ in edges))), expected[box])
+        assert torch.equal(filled(of, Box(tuple(begin for begin, _ in edges), values)), expected[box])
 
 
 def test_blocks_are_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,7 @@ def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """However large the parameter; and an index of its rows."""
     monkeypatch.setattr(initial, "BLOCK", 1024)
     of = spec(8, 128, 64)
-    part = Part(torch.empty(8, 16, 64), (0, 32, 0))
+    part = Box((0, 32, 0), torch.empty(8, 16, 64))
     with Watch() as watch:
         filled(of, part)
     assert watch.peak <= 3 * 4 * 1024 + 4 * 8 * 8 * 128
@@ -104,14 +106,11 @@ def _drawn_by_a_rank(overrides: list[str]) -> tuple[dict[str, bool], int, int]:
     expected.initialise(3)
     shard(found, config.parallel.mesh(dist.get_world_size(), "cpu"), True)
     found.parametrization = Counting(**asdict(expected.parametrization))
-    found.initialise(3, held)
-    parts = {name: held(parameter) for name, parameter in found.named_parameters()}
-    same = {}
-    for name, parameter in expected.named_parameters():
-        values, begin = parts[name]
-        box = tuple(slice(b, b + size) for b, size in zip(begin, values.shape, strict=True))
-        same[name] = torch.equal(values, parameter[box])
-    return same, Counting.drawn, sum(values.numel() for values, _ in parts.values())
+    found.initialise(3, box_of)
+    boxes = {name: box_of(parameter) for name, parameter in found.named_parameters()}
+    parameters = expected.named_parameters()
+    same = {name: torch.equal(boxes[name].local, parameter[boxes[name].slices()]) for name, parameter in parameters}
+    return same, Counting.drawn, sum(box.local.numel() for box in boxes.values())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from conf import schema
 from models import mechanism
-from models.initial import fill, whole
+from models.box import whole
+from models.initial import fill
 from models.parameter import Parametrization, named_specs
 from models.residual.mhc import sinkhorn
 

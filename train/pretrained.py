@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conf.schema import Refused
 from models.weights import Weights, open_weights
-from train.checkpoint.box import box_of
+from parallel.box import box_of
 from train.ranks import Ranks
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models.checkpoint import Entry, FileRecord, Part, table_text
+from parallel.box import box_of
 
-from .box import box_of
 from .files import HashedFile, as_bytes
 from .peers import Peers
 

@@ -33,9 +33,9 @@ from models.checkpoint import (
     read_table,
     refuse_damage,
 )
+from parallel.box import box_of, part_of
 
 from . import folder as folders
-from .box import box_of, part_of
 from .files import CHUNK, write_hashed
 from .peers import Peers, RankFailed
 from .plan import Plan, agree, layout

@@ -19,7 +19,8 @@ from models.linear import full_precision
 from models.mode import Mode
 from models.model import Losses, Model, Scores
 from models.sequence import Whole, local_readers
-from parallel.apply import apply, defer_replicas, held, sum_gradients, total
+from parallel.apply import apply, defer_replicas, sum_gradients, total
+from parallel.box import box_of
 from train import optimizer
 from train.config import Config
 from train.meter import Clock
@@ -101,7 +102,7 @@ class Engine:
     def initialise(self, among: tuple[str, ...] = ("",)) -> None:
         """Give the model its first values: parameters whose names begin with one of `among`, all buffers. Before `load`
         nothing need be drawn that it overwrites."""
-        self.model.initialise(self.config.train.seed, held, among)
+        self.model.initialise(self.config.train.seed, box_of, among)
 
     def set_mode(self, mode: Mode) -> None:
         """Between phases, as `mtp_weight`, the factor on multi-token prediction's loss. In a warm-up what chooses is

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-
-class Box(NamedTuple):
-    """begin: where in the whole tensor `local`, this rank's part, begins, by dim."""
-
-    begin: tuple[int, ...]
-    local: Tensor
-
-    def slices(self) -> tuple[slice, ...]:
-        """That cut the part out of the whole tensor."""
-        return tuple(slice(b, b + length) for b, length in zip(self.begin, self.local.shape, strict=True))
+from models.box import Box, whole
 
 
 def part_of(tensor: Tensor) -> Tensor:
@@ -27,6 +16,6 @@ def part_of(tensor: Tensor) -> Tensor:
 def box_of(tensor: Tensor) -> Box:
     """However the mesh cuts it; a tensor that is not sharded is one part."""
     if not isinstance(tensor, DTensor):
-        return Box((0,) * tensor.ndim, part_of(tensor))
+        return whole(part_of(tensor))
     (chunk,) = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint asks of a tensor
     return Box(tuple(chunk.offsets), part_of(tensor))
