@@ -91,17 +91,18 @@ def run_apart(function: Callable[..., T], *arguments: object, modules: list[str]
     context = worker_context(modules)
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(there,), daemon=True)
-    with held_up():
-        process.start()
-    there.close()
     try:
+        with held_up():  # at whose end a signal that came meanwhile is raised
+            process.start()
+        there.close()
         here.send((function, arguments))
         answer = here.recv()
     except (EOFError, ConnectionError):
         raise RuntimeError(KILLED) from None
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from data.manifest import Manifest
 from data.prepare import Prepare, prepare
 from data.tokenizer import HuggingFace
 from data.train_tokenizer import END, WORDS, TrainTokenizer, cut, train_tokenizer
+from data.workers import run_apart
 from tests.ranks import PATIENCE
 from tests.test_data_restart import descendants
 
@@ -67,6 +69,24 @@ def test_an_interruption_does_not_wait_for_the_library(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (75, "interrupted.\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_while_the_process_begins_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, begun = ForkServerProcess.start, []
+
+    def start(process: ForkServerProcess) -> None:
+        begin(process)
+        begun.append(process)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ForkServerProcess, "start", start)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_apart(time.sleep, PATIENCE, modules=[])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not begun[0].is_alive()
 
 
 @given(text=st.text(st.characters(codec="utf-8")))
