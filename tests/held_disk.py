@@ -1,5 +1,5 @@
 """A disk that is held up while a file is there: a process is then in the middle of a save for as long as a test needs,
-on a machine of any speed.
+on a machine of any speed. Only what is unfinished is held: a save that has its name already may end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from _typeshed import HasFileno
 
 VARIABLE = "HELD_DISK"
+PARTIAL = ".partial"
 
 
 def held_by(file: Path) -> dict[str, str]:
@@ -34,7 +35,8 @@ def install() -> None:
     file, sync = Path(os.environ[VARIABLE]), os.fsync
 
     def held(fd: int | HasFileno) -> None:
-        while file.exists():
+        number = fd if isinstance(fd, int) else fd.fileno()
+        while PARTIAL in os.readlink(f"/proc/self/fd/{number}") and file.exists():
             time.sleep(0.02)
         sync(fd)
 
