@@ -23,12 +23,12 @@ from models.moe.router import Router
 from models.parameter import named_specs
 from models.sequence import Whole
 from parallel.apply import placement, shard
+from parallel.box import local
 from tests.runs import TINY
 from tests.toy import everything, whole
 from train.config import read
 from train.engines.torch import Engine
 from train.meter import Clock
-from train.optimizer.shards import local
 from train.ranks import Ranks
 
 RunRanks = Callable[..., list[Any]]

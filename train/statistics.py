@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from models.model import Model
+from parallel.box import local
 from train.metrics import strict
-from train.optimizer.shards import local, local_gradient
+from train.optimizer.shards import local_gradient
 
 FILE = "statistics.jsonl"
 

@@ -33,7 +33,7 @@ from models.checkpoint import (
     read_table,
     refuse_damage,
 )
-from parallel.box import box_of, part_of
+from parallel.box import box_of, local
 
 from . import folder as folders
 from .files import CHUNK, write_hashed
@@ -346,7 +346,7 @@ def _yield_to_compute() -> None:
 
 
 def _written_here(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: part_of(tensors[name]) for name in plan.mine}
+    return {name: local(tensors[name]).detach() for name in plan.mine}
 
 
 def _problem(path: Path, chunks: list[Chunk]) -> str | None:

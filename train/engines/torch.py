@@ -20,11 +20,10 @@ from models.mode import Mode
 from models.model import Losses, Model, Scores
 from models.sequence import Whole, local_readers
 from parallel.apply import apply, defer_replicas, sum_gradients, total
-from parallel.box import box_of
+from parallel.box import box_of, local
 from train import optimizer
 from train.config import Config
 from train.meter import Clock
-from train.optimizer.shards import local
 from train.ranks import Ranks
 from train.statistics import Watch
 

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from models.parameter import Parametrization
+from parallel.box import local
 
 from .groups import Group, keep_numbers, make_groups
-from .shards import local, local_gradient
+from .shards import local_gradient
 
 
 @dataclass(frozen=True)

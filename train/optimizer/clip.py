@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .shards import cuts, local
+from parallel.box import local
+
+from .shards import cuts
 
 # Keeps a norm of zero from dividing; the constant of torch.nn.utils.clip_grad_norm_.
 EPSILON = 1e-6

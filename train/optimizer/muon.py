@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.parameter import Parametrization, named_specs
+from parallel.box import local
 
 from .adamw import adam_state, adam_step, check_adam
 from .groups import Group, keep_numbers, make_groups
 from .newton_schulz import orthogonal_updates
-from .shards import local, local_gradient
+from .shards import local_gradient
 from .whole import on_whole_matrices
 
 

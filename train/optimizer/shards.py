@@ -1,4 +1,4 @@
-"""Sharded tensors as an optimizer meets them: this rank's part, and the mesh axes that the elements are spread over."""
+"""Sharded tensors as an optimizer meets them: this rank's part of a gradient, and mesh axes that cut elements apart."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory with the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from parallel.box import local
 
 
 def local_gradient(parameter: Tensor) -> Tensor:
