@@ -325,7 +325,9 @@ TABLE: dict[str, Row] = {
     "csa 5 all chosen": Row((layer(csa(top_k=300, rate=5, window=2)),)),
     "csa shared": Row((layer(csa()), layer(csa(top_k=2, heads=2, query_latent=9), reads=-1))),
     "nsa shared": Row((layer(nsa()), layer(nsa(top_k=4, local=2, heads=6), reads=-1))),
-    "nsa window shorter than a block": Row((layer(nsa(size=6, top_k=2, block=6, stride=3, window=5, kv_heads=4)),)),
+    "nsa window shorter than a block": Row(
+        (layer(nsa(size=6, top_k=2, block=6, stride=3, window=5, kv_heads=4, output=GROUPED)),)
+    ),
     "nsa all chosen": Row((layer(nsa(top_k=300, local=2, block=2, stride=2, kv_heads=1)),)),
     "v4": Row((layer(swa(), HASHED), layer(csa(), SQRT_SOFTPLUS), layer(hca(rate=8), SQRT_SOFTPLUS)), MHC),
     "mhc gqa": Row((layer(gqa(), SOFTMAX), layer(gqa(window=5))), MHC),

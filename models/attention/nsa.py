@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import output
 from models.compressor import entry_ends, rows_before
 from models.contract import (
     NOTHING,
@@ -42,6 +43,7 @@ from models.contract import (
 from models.cores import blockwise, gathered
 from models.cores.merge import Core, read
 from models.linear import Linear, full_precision
+from models.output import Grouped
 from models.parameter import Module
 from models.rope import Rope
 from models.selection import blocks, ranges, selected
@@ -58,7 +60,7 @@ class Config:
     """block, stride: an entry of the compressed branch is made of `block` tokens, every `stride` tokens. hidden: width
     of the MLP that makes it. selection: blocks that are read token by token. window: tokens, the query included.
 
-    value_dim: numbers of a head's value; null for head_dim.
+    value_dim: numbers of a head's value; null for head_dim. output: null for one matrix, see models.output.
     """
 
     heads: int
@@ -69,6 +71,7 @@ class Config:
     stride: int = 16
     window: int = 512
     value_dim: int | None = None
+    output: Grouped | None = None
     selection: BlockChoice = field(default_factory=BlockChoice)
     rope: Rope = field(default_factory=Rope)
 
@@ -90,6 +93,8 @@ class Config:
             )
         if self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1, the query itself")
+        if self.output is not None:
+            self.output.check(self.heads)
 
     @property
     def values(self) -> int:
@@ -145,7 +150,7 @@ class NSA(Attention):
         self.open = Slot("open_blocks", (both,), kind="tail", rows=c.block - 1)
         self.query = Linear(width, c.heads * c.head_dim, ("heads", "width"))
         self.gate = Linear(width, c.heads * len(BRANCHES), ("heads", "width"))
-        self.output = Linear(c.heads * c.values, width, ("width", "heads"), "output")
+        self.output = output.build(c.output, c.heads * c.values, width)
         if writes:
             self.key = nn.ModuleDict({name: self._to_heads(c.head_dim) for name in BRANCHES})
             self.value = nn.ModuleDict({name: self._to_heads(c.values) for name in BRANCHES})
