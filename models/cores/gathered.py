@@ -104,12 +104,12 @@ def _tile(
     taken, mask = [_take(part, places) for part in key], present(places)[:, :, :, None]
     keys = taken[0] if len(taken) == 1 else torch.cat(taken, -1)
     q_BSKGd = q.unflatten(2, (num_kv_heads, -1))
-    scores = (q_BSKGd @ keys.transpose(-1, -2)).to(full_precision(q.dtype)) * scale
-    seen = mask.any(-1)
-    # a query that chose nothing would be softmax of -inf alone
-    safe = scores.masked_fill(~mask, float("-inf")).masked_fill(~seen[..., None], 0.0)
-    lse = torch.logsumexp(safe, -1).masked_fill(~seen, float("-inf"))
-    weights = torch.softmax(safe, -1) * seen[..., None]
+    scores = ((q_BSKGd * scale) @ keys.transpose(-1, -2)).to(full_precision(q.dtype))
+    # of a query that chose nothing the softmax of -inf alone would be NaN, in the gradient too
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    chose_nothing = ~mask.any(-1)
+    lse = torch.logsumexp(scores, -1).masked_fill(chose_nothing, float("-inf"))
+    weights = torch.softmax(scores, -1).masked_fill(chose_nothing[..., None], 0.0)
     out = weights.to(q.dtype) @ (taken[0] if value is None else _take(value, places))
     mass = _mass(weights.detach(), lse.detach(), None if rest is None else rest.view_as(lse))
     return out.flatten(2, 3), lse.flatten(2, 3), mass

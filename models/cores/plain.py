@@ -17,15 +17,14 @@ def core(
     # the G heads of a KV head are rows of one product: as a batch dim they would broadcast, and copy the entries G
     # times
     q_BKNd = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = (q_BKNd @ k.permute(0, 2, 3, 1)).to(full_precision(q.dtype)).unflatten(2, (-1, length)) * scale
+    scores = ((q_BKNd * scale) @ k.permute(0, 2, 3, 1)).to(full_precision(q.dtype)).unflatten(2, (-1, length))
     mask = visibility.mask()[:, None, None]
-    scores = scores.masked_fill(~mask, float("-inf"))
-    seen = mask.any(-1)
-    # a row without a visible entry would be softmax of -inf alone: NaN in the output and, worse, in the gradient
-    safe = scores.masked_fill(~seen[..., None], 0.0)
-    weights = (torch.softmax(safe, -1) * seen[..., None]).to(v.dtype)
+    # of a row without a visible entry the softmax of -inf alone would be NaN, in the gradient too
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1).to(v.dtype)
     out = (weights.flatten(2, 3) @ v.permute(0, 2, 1, 3)).unflatten(2, (-1, length))
-    out = out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    sees_nothing = ~mask.any(-1)
+    out = out.masked_fill(sees_nothing[..., None], 0.0).permute(0, 3, 1, 2, 4).flatten(2, 3)
     if not lse:
         return out, None
-    return out, torch.logsumexp(safe, -1).masked_fill(~seen, float("-inf")).permute(0, 3, 1, 2).flatten(2, 3)
+    return out, torch.logsumexp(scores, -1).masked_fill(sees_nothing, float("-inf")).permute(0, 3, 1, 2).flatten(2, 3)
