@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE = 128 << 10  # characters handed over at once
+PIECE = 512 << 10  # characters handed over at once: some 100 MiB. Pieces keep words, which takes half as long again
 REACH = 1024  # characters: what is farther away than this is taken to have no say in where a word begins
 
 Ids = NDArray[np.int32]
