@@ -69,11 +69,11 @@ class Standing:
         return {"samples": self.samples, "windows": self.windows, "places": places, "owed": owed}
 
     @staticmethod
-    def read(plain: Mapping[str, Any]) -> Standing:
-        """Raises Refused where an older version wrote it."""
-        if plain.keys() != Standing.start(0).plain().keys():
+    def read(plain: Mapping[str, Any] | None) -> Standing:
+        """Raises Refused where an older version wrote it, or nothing."""
+        if plain is None or plain.keys() != Standing.start(0).plain().keys():
             raise Refused(
-                "the checkpoint says where its data stood as an older version did, which read it in another order; "
+                "the checkpoint is of an older version, which read the data in another order; "
                 "go on with that version, or take its weights alone with train.init in a new run.dir."
             )
         places = [place and Place(*place) for place in plain["places"]]

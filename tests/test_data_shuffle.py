@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def test_a_batch_is_of_many_documents_though_each_is_many_windows(tmp_path: Path
     assert all(found.count(document) == 50 for document in range(40))
 
 
-def test_a_checkpoint_that_an_older_version_read_in_another_order_is_refused() -> None:
-    with pytest.raises(Refused, match=r"an older version .* train\.init"):
-        Standing.read({"samples": 8, "windows": [8], "at": [64], "owed": ["0"]})
+@pytest.mark.parametrize(
+    "plain",
+    [
+        pytest.param({"samples": 8, "windows": [8], "at": [64], "owed": ["0"]}, id="where it stood then"),
+        pytest.param(None, id="nothing"),
+    ],
+)
+def test_a_checkpoint_that_an_older_version_read_in_another_order_is_refused(plain: dict[str, Any] | None) -> None:
+    with pytest.raises(Refused, match=r"an older version, .* train\.init"):
+        Standing.read(plain)

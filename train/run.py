@@ -156,7 +156,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
     )
     engine.before_update = checkpoints.release
     progress = _start_weights(config, engine, checkpoints, sources.train)
-    course = sources.train if progress.data is None else sources.train.resumed(Standing.read(progress.data))
+    course = sources.train.resumed(Standing.read(progress.data)) if progress.step else sources.train
     metrics = None
     if ranks.first:
         rundir.settle(directory, config, rundir.describe_environment(config, ranks), progress.step)
@@ -193,11 +193,6 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
                 "name the same data, or choose another run.dir (train.init= starts from this run's weights)."
             )
         progress = Progress(**checkpoint.state["progress"])
-        if progress.data is None and len(course.names) > 1:
-            raise Refused(
-                f"{checkpoint.path} was written by code that did not keep how far each of several sources was read, so "
-                f"its data cannot go on; start another run from its weights (train.init={checkpoint.path})."
-            )
         engine.load(checkpoint.state)
         log.info("resumed from step %d (%s)", checkpoint.step, checkpoint.path)
         return progress
