@@ -13,6 +13,7 @@ import torch
 from conf.compose import compose
 from data.course import Course
 from data.loader import Loader
+from models.families.common.plan import difference
 from models.model import Losses, Model
 from models.sequence import Whole
 from models.shards import WHOLE
@@ -80,6 +81,25 @@ def test_multi_token_prediction_is_dropped_and_starts_anew(place: Path) -> None:
         printed = runs.train(place, [*FAMILY, *change, "train.steps=1", f"train.init={name}", f"run.dir={run}"])
         assert printed.count(said) == 1
         assert runs.records(place / run)[0]["loss"] == pytest.approx(score(place, name), rel=1e-6)
+
+
+def test_what_shows_in_no_shape_is_told(place: Path) -> None:
+    """Of an imported directory, of the run that it began, and of a checkpoint that was taken from that run."""
+    run = [*FAMILY, "train.steps=1"]
+    same = runs.train(place, [*run, "train.init=theirs", "run.dir=same"])
+    other = runs.train(place, [*run, "train.init=theirs", "run.dir=other", "model.norm_eps=0.01"])
+    further = runs.train(place, [*run, "train.init=other", "run.dir=further"])
+    shutil.copytree(place / "other/checkpoints/step_00000001", place / "away/checkpoints/step_00000001")
+    alone = runs.train(place, [*run, "train.init=away/checkpoints/step_00000001", "run.dir=alone"])
+    assert "of a model whose" not in same
+    assert "theirs is of a model whose norm_eps is 1e-06, not 0.01 as here" in other
+    assert "other/checkpoints/step_00000001 is of a model whose norm_eps is 0.01, not 1e-06 as here" in further
+    assert "away/checkpoints/step_00000001 was not compared with this model: " in alone
+
+
+def test_another_scheme_with_the_same_weights_is_told_by_name() -> None:
+    one, other = (read(compose([f"attention={scheme}", "run.dir=none"])).model for scheme in ("gqa", "anchors"))
+    assert difference(one, other) == "layer.0.attention is gqa, not anchors"
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,11 @@ class TrainSection:
     is for comparing layouts. recompute: what the backward computes again (parallel/recompute.py); a number is the share
     of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint, a run, or a
     directory of weights, ours or Transformers', whose weights (alone) this run starts from; of multi-token prediction,
-    what only one of them has starts anew, or is left out. core: the softmax core (models/cores); the log says where a
-    fused one cannot serve. approximate: another core for training alone, which reads less than all
-    (models/cores/approximate); validation reads all. attention: how schemes with an indexer are trained. dense reads
-    everything, and ends an approximation too; warmup trains the indexer alone, by a loss of its own; sparse reads what
-    the indexer chooses, and trains everything.
+    what only one of them has starts anew, or is left out, and the log warns of what else differs. core: the softmax
+    core (models/cores); the log says where a fused one cannot serve. approximate: another core for training alone,
+    which reads less than all (models/cores/approximate); validation reads all. attention: how schemes with an indexer
+    are trained. dense reads everything, and ends an approximation too; warmup trains the indexer alone, by a loss of
+    its own; sparse reads what the indexer chooses, and trains everything.
     mtp_weight: factor on the loss of multi-token prediction, the mean over its depths; null for MTP_WEIGHT. The
     auxiliary losses of its modules are not weighed by it. An approximation leaves its attention as it is.
     """

@@ -1,7 +1,9 @@
-"""Weights that a run starts from and no run made: a directory of ours, or of Transformers'."""
+"""Weights that a run starts from: those that no run made, in a directory of ours or of Transformers', and of what model
+any are."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 
 from conf.schema import Refused
-from models.weights import Weights, open_weights
+from models.config import ModelConfig
+from models.families.common.plan import difference
+from models.weights import Weights, open_config, open_weights
 from parallel.box import box_of
 from train.ranks import Ranks
 
@@ -28,6 +32,18 @@ def load(path: Path, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
     stored = ranks.together(lambda: open_weights(path))
     names = ranks.together(lambda: _shared(path, stored.shapes(), {name: t.shape for name, t in weights.items()}))
     ranks.together(lambda: _fill(stored, {name: weights[name] for name in names}))
+
+
+def tell_difference(path: Path, config: ModelConfig) -> None:
+    """Warn where weights that fit are of a model that computes otherwise: a rotation's base, say, shows in no shape."""
+    try:
+        theirs = open_config(path)
+    except Refused as refusal:
+        log.warning("%s was not compared with this model: %s", path, refusal)
+        return
+    # multi-token prediction is told of apart, and nothing is drawn
+    if found := difference(dataclasses.replace(theirs, mtp=config.mtp, std=config.std), config):
+        log.warning("%s is of a model whose %s as here", path, found)
 
 
 def _shared(path: Path, there: Mapping[str, torch.Size], here: Mapping[str, torch.Size]) -> list[str]:

@@ -206,6 +206,8 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
             path = checkpoints.load({"model": weights}, path, optional="model.mtp").path
         engine.load_weights(weights)
         log.info("started from the weights of %s", path)
+        if engine.ranks.first:
+            pretrained.tell_difference(path, config.model)
         return Progress()
     engine.initialise()
     return Progress()

@@ -146,4 +146,4 @@ def _difference(mine: Any, other: Any, path: str) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return "set"
-    return type(value).__name__ if dataclasses.is_dataclass(value) else str(value)
+    return type(value).__module__.rpartition(".")[2] if dataclasses.is_dataclass(value) else str(value)  # its scheme
