@@ -108,7 +108,7 @@ CONFIGURATIONS = [
     pytest.param([f"run.dir={'x' * 300}"], "cannot be written .File name too long", id="a name too long"),
     pytest.param(["run.dir=/proc/run"], "/proc/run cannot be written", id="a run directory that cannot be made"),
     pytest.param(["train.init="], "init is empty", id="weights of no name"),
-    pytest.param(["train.init=nowhere"], "there is no checkpoint at nowhere", id="no weights to start from"),
+    pytest.param(["train.init=nowhere"], "no checkpoint at nowhere; name a run", id="no weights to start from"),
     pytest.param(
         ["train.init=done", "moe.experts=8"],
         r"does not fit this run: .*\[4.* there but .*\[8",

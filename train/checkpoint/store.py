@@ -379,6 +379,9 @@ def _shape(entry: Entry | Tensor | None) -> str:
 
 def _refusal(where: Path, bad: Mapping[Path, str]) -> str:
     if not bad:
-        return f"there is no checkpoint at {where}."
+        return (
+            f"there is no checkpoint at {where}; name a run that has saved one, a checkpoint, or a directory of "
+            "weights with its model.yaml or config.json."
+        )
     reasons = "; ".join(f"{path} is bad: {reason}" for path, reason in bad.items())
     return f"no good checkpoint is left at {where} ({reasons}); give another one, or move these away to start anew."
