@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,15 +27,18 @@ from data.prepare import Prepare, prepare
 from data.texts import TextSource
 from data.tokenizer import HuggingFace, open_tokenizer
 
+Form = Literal["jsonl", "parquet"]
 ROW_GROUP = 8 << 20  # bytes of text
 
 
 @dataclass(frozen=True)
 class BenchPrepare(TextSource):
-    """`prepare` beside `datasets.map`: the same Parquet file, tokenizer and number of processes, to files on disk.
+    """`prepare` beside `datasets.map`: the same file, tokenizer and number of processes, to files on disk.
 
-    The Parquet file holds the source's documents as `prepare` finds them; it is made first, outside all clocks.
+    The file holds the source's documents as `prepare` finds them; it is made first, outside all clocks.
     """
+
+    form: Form = field(default="jsonl", metadata={"help": "of the file: 'jsonl' or 'parquet'"})
 
     tokenizer: str = field(default="bytes", metadata={"help": "as in prepare"})
     end_of_document: str | None = field(default=None, metadata={"help": "as in prepare"})
@@ -56,13 +60,14 @@ def bench_prepare(request: BenchPrepare) -> str:
     _ = open_tokenizer(request.tokenizer, request.end_of_document).end_of_document
     runs: dict[str, list[Run]] = {"prepare": [], "datasets": []}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "texts.parquet")
-        documents, num_bytes = _write_parquet(request, path)
+        path = Path(folder, f"texts.{request.form}")
+        documents, num_bytes = _write(request, path)
         if not documents:
             raise Refused(f"{request.source} holds no document; name a source that does.")
         timed = BenchPrepare(  # of the keys that say where text comes from, only the limit holds for what is there now
             str(path),
             max_document=request.max_document,
+            form=request.form,
             tokenizer=request.tokenizer,
             end_of_document=request.end_of_document,
             processes=request.processes,
@@ -103,19 +108,30 @@ class Run:
     peak: int
 
 
-def _write_parquet(request: BenchPrepare, path: Path) -> tuple[int, int]:
+def _write(request: BenchPrepare, path: Path) -> tuple[int, int]:
     """How many documents, and their bytes."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     documents = num_bytes = 0
-    schema = pa.schema({"text": pa.string()})
-    with parquet.ParquetWriter(path, schema) as writer:
+    with _open_writer(path, request.form) as write:
         for texts in _groups(request):
-            writer.write_table(pa.table({"text": texts}, schema))
+            write(texts)
             documents += len(texts)
             num_bytes += sum(len(text.encode()) for text in texts)
     return documents, num_bytes
+
+
+@contextmanager
+def _open_writer(path: Path, form: Form) -> Iterator[Callable[[list[str]], None]]:
+    """What writes some texts; to Parquet as a row group."""
+    if form == "jsonl":
+        with path.open("w") as file:
+            yield lambda texts: file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        return
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema({"text": pa.string()})
+    with parquet.ParquetWriter(path, schema) as writer:
+        yield lambda texts: writer.write_table(pa.table({"text": texts}, schema))
 
 
 def _groups(request: BenchPrepare) -> Iterator[list[str]]:
@@ -162,8 +178,8 @@ class _Clock:
 
 def _time_prepare(request: BenchPrepare) -> Run:
     clock = _Clock()
-    import datasets  # noqa: F401  # reads the Parquet file for prepare too
-
+    if request.form == "parquet":
+        import datasets  # noqa: F401  # reads the file for prepare too
     clock.lap("import")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "corpus")
@@ -177,7 +193,7 @@ def _time_prepare(request: BenchPrepare) -> Run:
 
 
 def _time_datasets(request: BenchPrepare) -> Run:
-    """`load` turns Parquet into Arrow; `map` is that alone."""
+    """`load` turns the file into Arrow; `map` is that alone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     clock = _Clock()
     import datasets
@@ -185,7 +201,8 @@ def _time_datasets(request: BenchPrepare) -> Run:
     datasets.disable_progress_bars()
     clock.lap("import")
     with tempfile.TemporaryDirectory() as folder:
-        loaded = datasets.load_dataset("parquet", data_files=request.source, split="train", cache_dir=folder)
+        reader = {"jsonl": "json", "parquet": "parquet"}[request.form]
+        loaded = datasets.load_dataset(reader, data_files=request.source, split="train", cache_dir=folder)
         clock.lap("load")
         encode = _Encode(request.tokenizer, request.end_of_document)
         mapped = loaded.map(encode, batched=True, batch_size=100, remove_columns=["text"], num_proc=request.processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -44,7 +45,7 @@ def worker_context(modules: list[str]) -> ForkServerContext:
     if len(os.fsencode(folder)) > LONGEST_FOLDER:
         raise RuntimeError(f"{folder} is too long for the sockets of worker processes; set TMPDIR to a shorter folder")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(["data.one_thread", *modules])
     return context
 
 
@@ -121,18 +122,18 @@ def _answer(asker: Connection) -> None:
 def _follow_parent() -> None:
     """Leave Ctrl-C to the parent, and end when the parent is gone.
 
-    A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever.
+    A pool's workers hold both ends of its pipes, so a parent that was killed would leave them waiting for ever. The
+    kernel watches, not a thread: see `data.one_thread`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends the process
     parent = multiprocessing.parent_process()
     assert parent is not None, "this runs in a worker"
     gone = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([gone])
+    fcntl.fcntl(gone, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(gone, fcntl.F_SETFL, fcntl.fcntl(gone, fcntl.F_GETFL) | os.O_ASYNC)
+    if multiprocessing.connection.wait([gone], 0):  # before it was watched
         os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def progress(done: int) -> None:

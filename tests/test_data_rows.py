@@ -98,8 +98,9 @@ def test_parquet_becomes_the_corpus_of_the_same_jsonl(folder: Path, tmp_path: Pa
     assert all(split.documents for split in made[0].splits.values())
 
 
-def test_what_is_timed_is_a_parquet_file_of_the_documents_wherever_they_came_from(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_what_is_timed_is_one_file_of_the_documents_wherever_they_came_from(
+    form: bench_prepare.Form, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = []
 
@@ -109,7 +110,7 @@ def test_what_is_timed_is_a_parquet_file_of_the_documents_wherever_they_came_fro
 
     monkeypatch.setattr(bench_prepare, "_fresh_process", run)
     source = BenchPrepare(
-        "datasets:json", data_files=f"{folder}/a.jsonl", rows=60, max_document=LIMIT, processes=3, repeats=2
+        "datasets:json", data_files=f"{folder}/a.jsonl", rows=60, max_document=LIMIT, form=form, processes=3, repeats=2
     )
     bench_prepare.bench_prepare(source)
     expected = [text for text, *_ in read(source) if text is not None]

@@ -1,0 +1,11 @@
+"""Imported first in the process that workers are forked from: its libraries start no threads.
+
+From a process' first thread on, the C library locks with every allocation, in its forks too, and a tokenizer makes
+millions: it takes a seventh more time.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, which it reads as it is imported
