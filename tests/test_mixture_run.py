@@ -177,7 +177,7 @@ def test_a_checkpoint_that_does_not_say_where_its_data_stood_is_refused(referenc
     write_hashed(path / MANIFEST, changed.text().encode())
     job = runs.start(tmp_path, [*BASE, f"train.steps={STEPS + 1}"])
     assert job.end() == 2
-    assert f"start another run from its weights (train.init=run/checkpoints/{path.name})" in job.printed()
+    assert "take its weights alone with train.init in a new run.dir" in job.printed()
 
 
 def test_the_text_of_a_mixture_is_spelt_by_its_corpora(reference: Path, tmp_path: Path) -> None:
