@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .files import as_bytes
+from .priority import yield_to_compute
 
 
 class Staging:
@@ -17,7 +18,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
+        self._thread = ThreadPoolExecutor(1, "checkpoint-copy", initializer=yield_to_compute)
         self._copying: Future[None] | None = None
         self._stream: torch.Stream | None = None
         self._arrived: torch.Event | None = None

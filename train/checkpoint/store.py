@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -39,6 +37,7 @@ from . import folder as folders
 from .files import CHUNK, write_hashed
 from .peers import Peers, RankFailed
 from .plan import Plan, agree, layout
+from .priority import yield_to_compute
 from .staging import Staging
 from .tree import Tree, put_together, take_apart
 
@@ -103,7 +102,7 @@ class Checkpoints:
         self._staging = Staging()
         # what is Python would, at a low priority, keep the lock from training, so only bytes are written slowly
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._bytes = ThreadPoolExecutor(1, "checkpoint-bytes", initializer=_yield_to_compute)
+        self._bytes = ThreadPoolExecutor(1, "checkpoint-bytes", initializer=yield_to_compute)
         self._hurry = threading.Event()
         self._writing: tuple[int, Future[None]] | None = None
         for name in self._peers.first(lambda: folders.clean(folder)):
@@ -337,12 +336,6 @@ class Checkpoints:
     def _log(self, level: int, message: str, *values: object) -> None:
         if self._peers.rank == 0:
             log.log(level, message, *values)
-
-
-def _yield_to_compute() -> None:
-    """Let the writing thread have what training leaves of the processor: on Linux a thread has its own priority."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _written_here(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
