@@ -1,4 +1,5 @@
-"""Imported first in the process that workers are forked from: its libraries start no threads.
+"""Imported first in the process that workers are forked from, so that NumPy starts no threads in it. (Arrow, which only
+Parquet and `datasets:` need, starts some of its own.)
 
 From a process' first thread on, the C library locks with every allocation, in its forks too, and a tokenizer makes
 millions: it takes a seventh more time.
@@ -8,4 +9,4 @@ from __future__ import annotations
 
 import os
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, which it reads as it is imported
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read as NumPy is imported
