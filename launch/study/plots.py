@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from launch.report.compare import Spread, spread_of
 from launch.report.plots import canvas
@@ -133,7 +133,8 @@ def _line(axes: Axes, ink: Ink, index: int, known: Sequence[tuple[float, Spread]
     above = [min(found.sd or 0.0, highest - found.mean) for _, found in known]
     axes.errorbar(x, means, yerr=[below, above], color=_colour(ink, index), marker="o", markersize=5, capsize=3)
     if is_share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, measure[1])))
 
