@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from models.contract import Sequence, Slot, Visibility
 from models.cores import blockwise
@@ -71,8 +71,9 @@ def core(
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
     if not lse:
         return flex(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2), None
-    out, sums = flex(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=True)
-    return out.transpose(1, 2), sums.transpose(1, 2)
+    wanted = AuxRequest(lse=True)  # `return_lse` warns once, and what was compiled before that is compiled again
+    out, aux = flex(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=wanted)
+    return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
 def kernel(visibility: Visibility, queries: int, *, lse: bool) -> Kernel:
