@@ -22,7 +22,7 @@ class Batch:
     position:        [B, S] int32, from 0 within each document piece; a window's first token is at 0.
     document:        [B, S] int32, index of the document piece within its row: 0, 1, 2, …
     scored:          number of targets at distance 1 that are not IGNORE.
-    single_document: every row is one document piece, so that plain causal attention is right.
+    documents:       the most document pieces of a row.
     digest:          which samples it holds and what is in them, 16 hexadecimal digits. The shares of a global batch
                      have digests that add up, modulo 2^64, to the same sum for any number of ranks.
     """
@@ -33,7 +33,7 @@ class Batch:
     position: Tensor
     document: Tensor
     scored: int
-    single_document: bool
+    documents: int
     digest: str
 
     def count(self) -> int:
@@ -56,6 +56,6 @@ class Batch:
             position=move(self.position),
             document=move(self.document),
             scored=self.scored,
-            single_document=self.single_document,
+            documents=self.documents,
             digest=self.digest,
         )

@@ -144,7 +144,7 @@ class Loader:
             position=torch.from_numpy(np.ascontiguousarray(position[:, :S])),
             document=torch.from_numpy(np.ascontiguousarray(document[:, :S])),
             scored=int(np.count_nonzero(targets[0] != IGNORE)),
-            single_document=bool((document[:, S - 1] == 0).all()),
+            documents=int(document[:, S - 1].max()) + 1,
             digest=_digest(indices, tokens, windows),
         )
 

@@ -84,8 +84,7 @@ def random_batch(rows: int, length: int, vocab: int, documents: int, depth: int 
     document = starts.cumsum(1)
     tokens = torch.arange(length).expand(rows, length)
     position = tokens - torch.where(starts.bool(), tokens, 0).cummax(1).values
-    single = documents == 1
-    return Batch(ids[:, :length], following, following[:depth], position, document, rows * length, single, "random")
+    return Batch(ids[:, :length], following, following[:depth], position, document, rows * length, documents, "random")
 
 
 def _synchronize(device: torch.device) -> None:

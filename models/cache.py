@@ -157,12 +157,12 @@ class Cache:
 class Cached:
     """The tokens in hand, after those that the cache already knows."""
 
-    single_document = False
+    documents: int | None = None
 
     def __init__(self, cache: Cache, position: Tensor, document: Tensor, num_new: Tensor, layer: int = 0) -> None:
         self.cache, self.position, self.document, self.num_new, self.layer = cache, position, document, num_new, layer
         self.counts = local_counts(position)
-        self.block_masks: dict[int | None, Any] = {}
+        self.prepared: dict[int | None, Any] = {}
 
     def at(self, layer: int) -> Sequence:
         return Cached(self.cache, self.position, self.document, self.num_new, layer)

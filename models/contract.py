@@ -170,16 +170,16 @@ Pieces = dict[str, list[Entries]]
 class Sequence(Protocol):
     """Where the tokens in hand stand, and how to reach what other tokens left.
 
-    position, document: [B, S]. single_document: every row is one document from its start; known without a device sync.
-    counts: the "tokens" and "sequences" of the global batch, scalar tensors known before the forward, by which losses
-    divide. block_masks: by reach, the masks that a core prepared for these tokens before the forward.
+    position, document: [B, S]. documents: no row has more, and where it is 1, each is one from its start; known without
+    a device sync, or None. counts: the "tokens" and "sequences" of the global batch, scalar tensors known before the
+    forward, by which losses divide. prepared: by reach, what a core made of these tokens before the forward.
     """
 
     position: Tensor
     document: Tensor
-    single_document: bool
+    documents: int | None
     counts: dict[str, Tensor]
-    block_masks: dict[int | None, Any]
+    prepared: dict[int | None, Any]
 
     def at(self, layer: int) -> Sequence:
         """The same sequence as layer `layer` sees it: with that layer's cached state."""
@@ -221,7 +221,7 @@ class Visibility:
     beyond: int = 0
     aligned: bool = False
     single_document: bool = False
-    block_mask: Any = None
+    prepared: Any = None
 
     @classmethod
     def of(cls, entries: Entries, sequence: Sequence, reach: int | None = None, beyond: int = 0) -> Visibility:
@@ -233,8 +233,8 @@ class Visibility:
             reach,
             beyond,
             entries.aligned and not beyond,
-            sequence.single_document,
-            sequence.block_masks.get(reach) if entries.aligned and not beyond else None,
+            sequence.documents == 1,
+            sequence.prepared.get(reach) if entries.aligned and not beyond else None,
         )
 
     def queries(self, start: int, stop: int) -> Visibility:

@@ -18,23 +18,24 @@ class Whole:
         position: Tensor,
         document: Tensor,
         *,
-        single_document: bool = False,
+        documents: int | None = None,
         counts: dict[str, Tensor] | None = None,
         readers: dict[int, Tensor] | None = None,
     ) -> None:
-        """position, document: [B, S] integers. counts, and readers by `lead`, default to those of these rows alone."""
+        """position, document: [B, S] integers. documents: no row has more; None if unknown. counts, and readers by
+        `lead`, default to those of these rows alone."""
         self.position = position
         self.document = document
-        self.single_document = single_document
+        self.documents = documents
         self.counts = counts or local_counts(position)
         self._readers = readers
-        self.block_masks: dict[int | None, Any] = {}
+        self.prepared: dict[int | None, Any] = {}
 
     @classmethod
     def rows(cls, num_rows: int, length: int, device: torch.device | str = "cpu") -> Whole:
         """`num_rows` rows of one document of `length` tokens each."""
         position = torch.arange(length, device=device).expand(num_rows, length)
-        return cls(position, torch.zeros_like(position), single_document=True)
+        return cls(position, torch.zeros_like(position), documents=1)
 
     def at(self, layer: int) -> Sequence:
         return self

@@ -39,13 +39,13 @@ class Meeting:
 class Shard:
     """Tokens start..stop of `whole`, which other shards hold before and after."""
 
-    single_document = False
+    documents: int | None = None
 
     def __init__(self, whole: Whole, start: int, stop: int, index: int, meeting: Meeting, form: Form) -> None:
         self.position, self.document = whole.position[:, start:stop], whole.document[:, start:stop]
         self.counts = whole.counts
         self.readers = whole.readers
-        self.block_masks: dict[int | None, Any] = {}
+        self.prepared: dict[int | None, Any] = {}
         self.index, self.meeting, self.form = index, meeting, form
 
     def at(self, layer: int) -> Sequence:

@@ -205,8 +205,8 @@ def test_every_kernel_of_the_fused_core_is_in_one_graph(
     monkeypatch.setattr(fused, "_compiled", lambda function: function)
     fused.prepare(case.sequence, [Slot("kv", (), reach=case.reach)])
     visibility = case.visibility()
-    assert fused.kernel(visibility, 40, lse=lse) is kernel
     q, k, v = (leaf.detach() for leaf in inputs(visibility, 4, 2, torch.float32))
+    assert fused.kernel(q, k, v, visibility, lse=lse) is kernel
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused.core, fullgraph=True, backend=graphs)
     expected, _ = plain.core(q, k, v[..., :3], visibility, SCALE)

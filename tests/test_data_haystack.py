@@ -229,7 +229,7 @@ def test_a_haystack_of_text_is_the_text_in_its_order(task: Mapping[str, Any], st
 def test_only_answers_are_targets_in_a_batch() -> None:
     config = needle.Config(num_needles=3, num_queries=2, value_tokens=2)
     batch = Loader(config.open(), sequence_length=32, depth=1).batch(0, 5)
-    assert batch.count() == 5 * 2 * 2 and batch.single_document
+    assert batch.count() == 5 * 2 * 2 and batch.documents == 1
     assert (batch.targets[0, :, -1] >= 0).all()
 
 

@@ -38,7 +38,7 @@ def test_every_answer_stands_in_the_window(task: tuple[Config, int], consumed: i
     batch = Loader(source, sequence_length=sequence_length, depth=depth, seed=1).batch(consumed, 3)
     assert answered(batch, config.num_pairs) == [True] * 3 * config.num_queries
     assert batch.count() == 3 * config.num_queries
-    assert batch.single_document
+    assert batch.documents == 1
     assert int(batch.ids.max()) < source.vocab
     for row in range(3):
         scored = batch.targets[0, row] != IGNORE

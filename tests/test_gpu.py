@@ -44,7 +44,7 @@ def rows(documents: list[list[int]]) -> Whole:
     """Documents of these lengths in each row."""
     position = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
     document = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in documents])
-    return Whole(position.cuda(), document.cuda(), single_document=all(len(row) == 1 for row in documents))
+    return Whole(position.cuda(), document.cuda(), documents=max(map(len, documents)))
 
 
 @dataclass(frozen=True)

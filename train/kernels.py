@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from enum import Enum
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def told(model: Model, core: str, dtype: torch.dtype, phases: Iterable[tuple[Mod
     for mode, length in phases:
         for attention in model.trained_attentions():
             attention.mode = mode
-        packed, whole = (_asked(model, kernels, length, single_document=single) for single in (False, True))
+        packed, whole = (_asked(model, kernels, length, documents) for documents in (2, 1))
         ways = Counter((type(layer).__module__.rpartition(".")[2], packed[layer], whole[layer]) for layer in packed)
         for (scheme, if_packed, if_whole), number in ways.items():
             way = if_packed if if_packed == if_whole else f"packed, {if_packed}; of one document, {if_whole}"
@@ -46,13 +45,13 @@ def told(model: Model, core: str, dtype: torch.dtype, phases: Iterable[tuple[Mod
 
 
 @torch.no_grad()
-def _asked(model: Model, kernels: Any, length: int, *, single_document: bool) -> dict[Attention, str]:
-    """By layer, in words, what computes its softmaxes over one row. kernels: a core that has several."""
+def _asked(model: Model, kernels: Any, length: int, documents: int) -> dict[Attention, str]:
+    """By layer, in words, what computes its softmaxes over a row of so many documents. kernels: a core of several."""
     slots = [slot for attention in model.trained_attentions() for slot in attention.slots()]
     length = min(length, _telling(slots))
     row = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    sequence = Whole(row, row, single_document=single_document)
-    sequence.block_masks = dict.fromkeys(kernels.masked(sequence, slots), "stands for one")
+    sequence = Whole(row, row, documents=documents)
+    sequence.prepared = dict.fromkeys(kernels.reaches(sequence, slots), "stands for one")
     found: dict[Attention, str] = {}
     carried: dict[str, Any] = {}
     for sublayer in (part for block in model.trained_blocks() for part in block.sublayers()):
@@ -82,7 +81,7 @@ def _chooses(slot: Slot, length: int) -> bool:
 class _Noting:
     """A core that computes nothing. noted: by what is read, what would compute it."""
 
-    def __init__(self, kernel: Callable[..., Enum]) -> None:
+    def __init__(self, kernel: Callable[..., str]) -> None:
         self.kernel = kernel
         self.noted: dict[str, str] = {}
 
@@ -92,5 +91,5 @@ class _Noting:
         """See models.cores."""
         tokens = "all tokens" if visibility.reach is None else f"the last {visibility.reach} tokens"
         what = tokens if visibility.aligned else "other entries"
-        self.noted[what] = str(self.kernel(visibility, q.shape[1], lse=lse).value)
+        self.noted[what] = str(self.kernel(q, k, v, visibility, lse=lse))
         return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])

@@ -9,5 +9,6 @@ H is a multiple of K; query head h reads KV head h // (H / K). The log-sum-exp o
 for. A query that sees nothing gets zeros and a log-sum-exp of -inf.
 
 A core that has more than one way of computing also has `kernel`, its rule for choosing, from which each run's log says
-what serves which layers, `prepare`, which makes what a kernel needs before a forward, and `masked`, which says of what.
+what serves which layers, `prepare`, which makes what a kernel needs before a forward, and `reaches`, which says for
+what.
 """

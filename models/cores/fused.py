@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ KINDS = 128
 """Combinations of shapes and windows in one process, before compiling yet another is an error."""
 
 
-class Kernel(Enum):
+class Kernel(StrEnum):
     """What computes one softmax, in words for people."""
 
     SDPA = "scaled_dot_product_attention"
@@ -59,7 +59,7 @@ def core(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, *, lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See models.cores."""
-    chosen, mask = kernel(visibility, q.shape[1], lse=lse), visibility.block_mask
+    chosen, mask = kernel(q, k, v, visibility, lse=lse), visibility.prepared
     grouped = k.shape[2] != q.shape[2]
     heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if chosen is Kernel.SDPA:
@@ -76,31 +76,36 @@ def core(
     return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
-def kernel(visibility: Visibility, queries: int, *, lse: bool) -> Kernel:
-    """What computes a softmax of so many queries; lse: whether its log-sum-exp is asked for, to be merged."""
+def kernel(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, lse: bool = False) -> Kernel:
+    """What computes this softmax; lse: whether its log-sum-exp is asked for, to be merged."""
     if not visibility.aligned:
         return Kernel.OTHER_ENTRIES
-    if visibility.block_mask is not None:
+    if visibility.prepared is not None:
         return Kernel.FLEX
-    if not visibility.single_document or _is_bounded(visibility.reach, queries):
+    if not visibility.single_document or is_bounded(visibility.reach, q.shape[1]):
         return Kernel.UNPREPARED
     return Kernel.MERGED if lse else Kernel.SDPA
 
 
 def prepare(sequence: Sequence, slots: list[Slot]) -> None:
-    """Make the block masks of these tokens, one for each reach that `masked` names."""
-    for reach in masked(sequence, slots):
-        sequence.block_masks[reach] = _block_mask(sequence, reach)
+    """Make the block masks of these tokens, one for each reach that `reaches` names."""
+    for reach in reaches(sequence, slots):
+        sequence.prepared[reach] = _block_mask(sequence, reach)
 
 
-def masked(sequence: Sequence, slots: list[Slot]) -> set[int | None]:
-    """The reaches that the layers declare, where a causal kernel alone would read too much."""
-    reaches = {slot.reach for slot in slots if slot.kind == "entry" and slot.stride == 1 and slot.limit is None}
+def reaches(sequence: Sequence, slots: list[Slot]) -> set[int | None]:
+    """Those that the layers declare where a causal kernel alone would read too much."""
     length = sequence.position.shape[1]
-    return {reach for reach in reaches if not sequence.single_document or _is_bounded(reach, length)}
+    return {reach for reach in of_tokens(slots) if sequence.documents != 1 or is_bounded(reach, length)}
 
 
-def _is_bounded(reach: int | None, queries: int) -> bool:
+def of_tokens(slots: list[Slot]) -> set[int | None]:
+    """The reaches of entries that are the tokens in hand."""
+    return {slot.reach for slot in slots if slot.kind == "entry" and slot.stride == 1 and slot.limit is None}
+
+
+def is_bounded(reach: int | None, queries: int) -> bool:
+    """Whether a window leaves anything out."""
     return reach is not None and reach < queries
 
 

@@ -224,9 +224,7 @@ class Engine:
     def _sequence(
         self, batch: Batch, counts: dict[str, Tensor] | None = None, readers: dict[int, Tensor] | None = None
     ) -> Whole:
-        sequence = Whole(
-            batch.position, batch.document, single_document=batch.single_document, counts=counts, readers=readers
-        )
+        sequence = Whole(batch.position, batch.document, documents=batch.documents, counts=counts, readers=readers)
         if self.prepare is not None:
             self.prepare(sequence, self.slots)
         return sequence
@@ -277,6 +275,6 @@ def _micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
             batch.position[part],
             batch.document[part],
             -1,
-            batch.single_document,
+            batch.documents,
             batch.digest,
         )
