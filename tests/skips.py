@@ -10,12 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.schema import Refused
+from models.cores import flash
 from tests import browser, slurm_cluster
 
 LIST = Path(__file__).with_suffix(".txt")
+
+
+def lacks_flash() -> bool:
+    """Whether there is a GPU, but no FlashAttention for it."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        flash.library()
+    except Refused:
+        return True
+    return False
+
+
 MACHINES: dict[str, Callable[[], bool]] = {
     "cpu": lambda: not torch.cuda.is_available(),
     "cuda": torch.cuda.is_available,
+    "no flash": lacks_flash,
     "one gpu": lambda: torch.cuda.device_count() == 1,
     "no browser": lambda: not browser.is_here(),
     "no slurm": slurm_cluster.missing,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,18 +19,22 @@ from conf.compose import compose
 from launch.speed import random_batch
 from models.config import ModelConfig
 from models.contract import Slot, Visibility, at_tokens
-from models.cores import fused, plain
+from models.cores import flash, fused, merge, plain
 from models.cores.merge import Core
 from models.decode import score
 from models.model import Losses, Model
 from models.moe import experts
 from models.sequence import Whole
+from tests.skips import lacks_flash
 from train.config import RunSection, read
 from train.engines.torch import Engine, Step
 from train.meter import Clock
 from train.ranks import Ranks, join, leave
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+FLASH = pytest.mark.skipif(lacks_flash(), reason="needs FlashAttention (pip install flash-attn-4 or flash-attn)")
+CORES = [pytest.param(fused, id="fused"), pytest.param(flash, id="flash", marks=FLASH)]
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable]
@@ -66,20 +71,28 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("sink", [False, True], ids=["no sink", "sink"])
+@pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_fused_core_equals_the_plain_one(case: Case) -> None:
+def test_a_fast_core_equals_the_plain_one(case: Case, core: Any, sink: bool) -> None:
+    """With a sink the log-sum-exp is read too."""
     sequence = rows(case.documents)
-    fused.prepare(sequence, [Slot("kv", (), reach=case.reach)])
+    core.prepare(sequence, [Slot("kv", (), reach=case.reach)])
+    visibility = Visibility.of(at_tokens(sequence, {}), sequence, case.reach)
     num_rows, length = sequence.position.shape
     shapes = [(case.heads, case.dims[0]), (case.kv_heads, case.dims[0]), (case.kv_heads, case.dims[1])]
     inputs = [torch.randn(num_rows, length, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    logits = [torch.randn(case.heads, device="cuda")] if sink else []
     probe = torch.randn(num_rows, length, case.heads, case.dims[1], device="cuda")
+    if core is flash and flash.library() is flash.FOUR:
+        q, k, v = inputs
+        assert flash.kernel(q, k, v, visibility, lse=sink) == flash.FOUR.name
     results = []
-    cores: list[tuple[Core, torch.dtype]] = [(fused.core, torch.bfloat16), (plain.core, torch.float64)]
-    for core, dtype in cores:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        entries = at_tokens(sequence, {})
-        out = core(*leaves, Visibility.of(entries, sequence, case.reach), case.dims[0] ** -0.5)[0]
+    both: list[tuple[Core, torch.dtype]] = [(core.core, torch.bfloat16), (plain.core, torch.float64)]
+    for computes, dtype in both:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs] + [x.clone().requires_grad_() for x in logits]
+        q, k, v, *sinks = leaves
+        out = merge.read(computes, q, [(k, v, visibility)], case.dims[0] ** -0.5, *sinks)
         (out.double() * probe).sum().backward()
         results.append([out, *(leaf.grad for leaf in leaves)])
     errors = [error(got, wanted) for got, wanted in zip(*results, strict=True)]
@@ -131,15 +144,16 @@ def model(name: str, compute: torch.dtype) -> Model:
     return built.cuda()
 
 
+@pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("name", ATTENTION)
-def test_a_compiled_fused_bf16_model_is_near_the_plain_fp32_one(name: str) -> None:
+def test_a_compiled_bf16_model_is_near_the_plain_fp32_one(name: str, core: Any) -> None:
     sequence = rows([[300, 212], [512]])
     fast, slow = model(name, torch.bfloat16), model(name, torch.float32)
     for attention in slow.attentions():
         attention.core = plain.core
     for attention in fast.attentions():
-        attention.core = fused.core
-    fused.prepare(sequence, [slot for attention in fast.attentions() for slot in attention.slots()])
+        attention.core = core.core
+    core.prepare(sequence, [slot for attention in fast.attentions() for slot in attention.slots()])
     for block in fast.blocks:
         block.compile(fullgraph=True)
     ids = torch.randint(512, (2, 512), device="cuda")
@@ -176,9 +190,16 @@ COMPILED = [name for name in TINY if "v32" in name or "flash" in name]
 
 
 @pytest.mark.parametrize(
-    ("name", "compiled"), [*((name, "false") for name in TINY), *((name, "true") for name in COMPILED)]
+    ("name", "core", "compiled"),
+    [
+        *((name, "fused", "false") for name in TINY),
+        *((name, "fused", "true") for name in COMPILED),
+        *(pytest.param(name, "flash", "true", marks=FLASH) for name in ("gemma4_e2b_tiny", "mixtral_8x7b_tiny")),
+    ],
 )
-def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(name: str, compiled: str, alone: Ranks) -> None:
+def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(
+    name: str, core: str, compiled: str, alone: Ranks
+) -> None:
     def steps(number: int, *settings: str) -> list[Step]:
         """All after the first with every wait for the device an error."""
         sizes = ["train.sequence_length=256", "train.batch_tokens=1024", "train.micro_batch=4"]
@@ -195,7 +216,7 @@ def test_steps_of_a_published_model_in_miniature_never_wait_for_the_gpu(name: st
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    fast = steps(3, "train.compute=bf16", "train.core=fused", f"train.compile={compiled}")
+    fast = steps(3, "train.compute=bf16", f"train.core={core}", f"train.compile={compiled}")
     (plain_step,) = steps(1, "train.core=plain")
     assert all(bool(step.loss.isfinite()) and 0 < float(step.grad_norm) < float("inf") for step in fast)
     assert float(fast[0].loss) == pytest.approx(float(plain_step.loss), rel=BF16)
@@ -210,13 +231,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus
 
 
-def test_a_run_on_the_gpu_resumes_bitwise(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("core", "attention"), [("fused", "mla"), pytest.param("flash", "gqa", marks=FLASH)])
+def test_a_run_on_the_gpu_resumes_bitwise(core: str, attention: str, corpus: Path, tmp_path: Path) -> None:
     losses = []
     for name, stop_at in (("whole", None), ("stopped", 12)):
         settings = [
-            "experiment=smoke", "train.steps=40",
+            "experiment=smoke", "train.steps=40", f"attention={attention}",
             f"run.dir={tmp_path / name}", f"data.train.path={corpus}", "run.device=cuda",
-            "run.deterministic=true", "train.compute=bf16", "train.core=fused", "train.compile=true",
+            "run.deterministic=true", "train.compute=bf16", f"train.core={core}", "train.compile=true",
         ]  # fmt: skip
         if stop_at is not None:
             first = subprocess.Popen([*PYTHON, "-m", "train", *settings], cwd=ROOT)

@@ -34,6 +34,7 @@ OUTSIDE: dict[str, set[str]] = {
     "conf/": {"hydra", "omegaconf", "yaml"},
     "conf/schema.py": set(),
     "models/": {"torch"},
+    "models/cores/flash.py": {"torch", "flash_attn"},
     "parallel/": {"torch"},
 }
 

@@ -100,7 +100,7 @@ class TrainSection:
     of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint, a run, or a
     directory of weights, ours or Transformers', whose weights (alone) this run starts from; of multi-token prediction,
     what only one of them has starts anew, or is left out, and the log warns of what else differs. core: the softmax
-    core (models/cores); the log says where a fused one cannot serve. approximate: another core for training alone,
+    core (models/cores); the log says where a fast one cannot serve. approximate: another core for training alone,
     which reads less than all (models/cores/approximate); validation reads all. attention: how schemes with an indexer
     are trained. dense reads everything, and ends an approximation too; warmup trains the indexer alone, by a loss of
     its own; sparse reads what the indexer chooses, and trains everything.
@@ -117,7 +117,7 @@ class TrainSection:
     clip: float | None = 1.0
     recompute: Literal["none", "full", "attention", "feedforward", "experts"] | float = "none"
     compile: bool = False
-    core: Literal["plain", "blockwise", "fused"] = "blockwise"
+    core: Literal["plain", "blockwise", "fused", "flash"] = "blockwise"
     approximate: dict[str, Any] | None = None
     init: str | None = None
     attention: Mode = "sparse"
@@ -137,6 +137,8 @@ class TrainSection:
             raise ValueError(
                 "compile needs compute: bf16, because PyTorch compiles the experts' grouped GEMM in no other"
             )
+        if self.core == "flash" and self.compute != "bf16":
+            raise ValueError(f"core: flash needs compute: bf16, because FlashAttention has no {self.compute} kernels")
         if self.ramp is not None and self.ramp.batch_tokens >= self.batch_tokens:
             raise ValueError(
                 f"ramp.batch_tokens ({self.ramp.batch_tokens}) must be below batch_tokens ({self.batch_tokens}), "

@@ -10,5 +10,5 @@ for. A query that sees nothing gets zeros and a log-sum-exp of -inf.
 
 A core that has more than one way of computing also has `kernel`, its rule for choosing, from which each run's log says
 what serves which layers, `prepare`, which makes what a kernel needs before a forward, and `reaches`, which says for
-what.
+what. One that does not run on every device has `check`, which raises Refused.
 """

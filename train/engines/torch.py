@@ -74,6 +74,8 @@ class Engine:
         self.wide = full_precision(model.compute_dtype)
         model.to(self.wide)
         core = importlib.import_module(f"models.cores.{train.core}")
+        if hasattr(core, "check"):
+            ranks.together(lambda: core.check(ranks.device))
         self.prepare = getattr(core, "prepare", None)
         self.slots = [slot for attention in model.trained_attentions() for slot in attention.slots()]
         self.leads = sorted({slot.lead for slot in self.slots if slot.kind == "entry"})
