@@ -94,6 +94,7 @@ class Course:
 
     def __init__(self, mixture: Mixture, legs: Sequence[Leg], seed: int, standing: Standing | None = None) -> None:
         self.vocab = mixture.vocab
+        self.tokenizer = mixture.tokenizer
         self.fingerprint = mixture.fingerprint
         self.names = list(mixture.sources)
         self._sources = list(mixture.sources.values())

@@ -21,7 +21,8 @@ can wait for its window, are held in memory, some 10 bytes a window."""
 class Mixture:
     """Sources by name with their weights: the share of windows that each is to have, up to a common factor.
 
-    One source is a mixture of itself alone. fingerprint: of all that is in it; the weights are not.
+    One source is a mixture of itself alone. fingerprint: of all that is in it; the weights are not. tokenizer: of those
+    that have one, all of which have the same (`refuse_other_tokenizers`); None where none has.
     Raises Refused where two hold the same data, which would then come twice in an epoch.
     """
 
@@ -32,6 +33,7 @@ class Mixture:
         self.sources = dict(sources)
         self.weights = dict(weights)
         self.vocab = max(source.vocab for source in sources.values())
+        self.tokenizer = next((source.tokenizer for source in sources.values() if source.tokenizer is not None), None)
         prints = [(name, source.fingerprint) for name, source in sources.items()]
         together = hashlib.blake2b(repr(prints).encode(), digest_size=16).hexdigest()
         self.fingerprint = together if len(prints) > 1 else prints[0][1]

@@ -19,6 +19,7 @@ from models.sequence import Whole
 from models.shards import WHOLE
 from models.weights import export_model, load_model, open_weights, save_model
 from tests import runs
+from tests.corpora import write_corpus
 from tests.runs import TINY
 from train.config import read
 from train.phases import stretches
@@ -95,6 +96,16 @@ def test_what_shows_in_no_shape_is_told(place: Path) -> None:
     assert "theirs is of a model whose norm_eps is 1e-06, not 0.01 as here" in other
     assert "other/checkpoints/step_00000001 is of a model whose norm_eps is 0.01, not 1e-06 as here" in further
     assert "away/checkpoints/step_00000001 was not compared with this model: " in alone
+
+
+def test_ids_of_another_tokenizer_are_told(place: Path) -> None:
+    write_corpus(place / "other ids", [list(range(63)) * 10], vocab=63)
+    run = [*FAMILY, "train.steps=1"]
+    runs.train(place, [*run, "run.dir=first"])
+    same = runs.train(place, [*run, "train.init=first", "run.dir=as_first"])
+    other = runs.train(place, [*run, "data.train.path=other ids", "train.init=first", "run.dir=otherwise"])
+    told = "first/checkpoints/step_00000001 was trained on ids of another tokenizer"
+    assert told not in same and told in other
 
 
 def test_another_scheme_with_the_same_weights_is_told_by_name() -> None:

@@ -99,7 +99,7 @@ class TrainSection:
     is for comparing layouts. recompute: what the backward computes again (parallel/recompute.py); a number is the share
     of activations that a compiled model may keep. clip: gradient norm, null for none. init: a checkpoint, a run, or a
     directory of weights, ours or Transformers', whose weights (alone) this run starts from; of multi-token prediction,
-    what only one of them has starts anew, or is left out, and the log warns of what else differs. core: the softmax
+    what only one of them has starts anew, or is left out; the log warns of what else differs. core: the softmax
     core (models/cores); the log says where a fast one cannot serve. approximate: another core for training alone,
     which reads less than all (models/cores/approximate); validation reads all. attention: how schemes with an indexer
     are trained. dense reads everything, and ends an approximation too; warmup trains the indexer alone, by a loss of
