@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -206,6 +207,22 @@ def test_a_save_waits_for_the_one_before_it(tmp_path: Path, caplog: pytest.LogCa
         template = state(0.0, size=4_000_000)
         checkpoints.load(template, tmp_path / f"step_{step:08d}")
         assert (template["model"]["a"] == step).all()
+
+
+@pytest.mark.usefixtures("alone")
+def test_where_no_priority_may_be_lowered_it_is_told_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(*_: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "setpriority", forbidden)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    checkpoints.release()
+    checkpoints.close()
+    assert names(tmp_path) == ["step_00000001"]
+    assert "the priority of saving cannot be lowered (Operation not permitted)" in caplog.text
 
 
 @pytest.mark.usefixtures("alone")
