@@ -90,11 +90,13 @@ def test_what_shows_in_no_shape_is_told(place: Path) -> None:
     same = runs.train(place, [*run, "train.init=theirs", "run.dir=same"])
     other = runs.train(place, [*run, "train.init=theirs", "run.dir=other", "model.norm_eps=0.01"])
     further = runs.train(place, [*run, "train.init=other", "run.dir=further"])
+    ahead = runs.train(place, [*run, "train.init=ours", "run.dir=ahead", "model.mtp.layer.feedforward.top_k=3"])
     shutil.copytree(place / "other/checkpoints/step_00000001", place / "away/checkpoints/step_00000001")
     alone = runs.train(place, [*run, "train.init=away/checkpoints/step_00000001", "run.dir=alone"])
     assert "of a model whose" not in same
     assert "theirs is of a model whose norm_eps is 1e-06, not 0.01 as here" in other
     assert "other/checkpoints/step_00000001 is of a model whose norm_eps is 0.01, not 1e-06 as here" in further
+    assert "ours is of a model whose mtp.layer.feedforward.top_k is 4, not 3 as here" in ahead
     assert "away/checkpoints/step_00000001 was not compared with this model: " in alone
 
 

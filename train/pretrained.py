@@ -41,8 +41,9 @@ def tell_difference(path: Path, config: ModelConfig) -> None:
     except Refused as refusal:
         log.warning("%s was not compared with this model: %s", path, refusal)
         return
-    # multi-token prediction is told of apart, and nothing is drawn
-    if found := difference(dataclasses.replace(theirs, mtp=config.mtp, std=config.std), config):
+    # nothing is drawn, and multi-token prediction that only one of them has is told of apart
+    ahead = config.mtp if theirs.mtp is None or config.mtp is None else theirs.mtp
+    if found := difference(dataclasses.replace(theirs, mtp=ahead, std=config.std), config):
         log.warning("%s is of a model whose %s as here", path, found)
 
 
