@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy
@@ -12,13 +14,38 @@ from torch import Tensor
 from .files import as_bytes
 from .priority import yield_to_compute
 
+NICE = 5
+"""A piece that is being copied is waited for: at 19, beside other programs, for seconds."""
+
+PIECE = 1 << 22
+"""Bytes copied at a time: few enough that whoever must wait for one waits little."""
+
+SMALL = 1 << 16
+"""Bytes of a tensor copied at once: a thread of low priority would take long over many, and Python's lock with it."""
+
+
+class Piece:
+    """A part of the copy, made once, by whichever thread comes to it first."""
+
+    def __init__(self, copy: Callable[[], object]) -> None:
+        self._copy: Callable[[], object] | None = copy
+        self._lock = threading.Lock()
+
+    def complete(self) -> None:
+        """Return once it is made."""
+        with self._lock:
+            if self._copy is not None:
+                self._copy()
+                self._copy = None
+
 
 class Staging:
     """Host buffers for local tensors; page-locked where these are on an accelerator."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint-copy", initializer=yield_to_compute)
+        self._thread = ThreadPoolExecutor(1, "checkpoint-copy", yield_to_compute, (NICE,))
+        self._pieces: list[Piece] = []
         self._copying: Future[None] | None = None
         self._stream: torch.Stream | None = None
         self._arrived: torch.Event | None = None
@@ -40,7 +67,8 @@ class Staging:
         pairs = [(tensor, self._buffers[name]) for name, tensor in tensors.items()]
         on_host = [pair for pair in pairs if pair[0].is_cpu]
         on_device = [pair for pair in pairs if not pair[0].is_cpu]
-        self._copying = self._thread.submit(_copy, on_host)
+        self._pieces = [piece for pair in on_host for piece in _pieces(*pair)]
+        self._copying = self._thread.submit(_complete, self._pieces)
         if on_device:
             now = torch.accelerator.current_stream()
             self._stream = self._stream or torch.Stream(now.device)
@@ -53,9 +81,10 @@ class Staging:
         return {name: self._buffers[name] for name in tensors}
 
     def release(self) -> None:
-        """From now on the tensors may change. The host waits for its own copies; a device's, its stream waits for."""
-        if self._copying is not None:
-            self._copying.result()
+        """From now on the tensors may change. What of the host's copies is not begun, the caller makes, at its own
+        priority; a device's, its stream waits for."""
+        _complete(self._pieces)
+        self._pieces = []
         if self._arrived is not None:
             torch.accelerator.current_stream().wait_event(self._arrived)
             self._arrived = None
@@ -72,10 +101,20 @@ class Staging:
         self._thread.shutdown()
 
 
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for part, buffer in pairs:
-        if part.is_contiguous():
-            # One thread fills the memory bus. torch's copy takes all, and waits for the slowest core every tensor.
-            numpy.copyto(as_bytes(buffer), as_bytes(part))
-        else:
-            buffer.copy_(part)
+def _pieces(part: Tensor, buffer: Tensor) -> Iterator[Piece]:
+    if not part.is_contiguous():
+        yield Piece(lambda: buffer.copy_(part))
+        return
+    # One thread fills the memory bus. torch's copy takes all, and waits for the slowest core every tensor.
+    source, copy = as_bytes(part), as_bytes(buffer)
+    if source.size <= SMALL:
+        numpy.copyto(copy, source)
+        return
+    for start in range(0, source.size, PIECE):
+        cut = slice(start, start + PIECE)
+        yield Piece(functools.partial(numpy.copyto, copy[cut], source[cut]))
+
+
+def _complete(pieces: list[Piece]) -> None:
+    for piece in pieces:
+        piece.complete()

@@ -102,7 +102,7 @@ class Checkpoints:
         self._staging = Staging()
         # what is Python would, at a low priority, keep the lock from training, so only bytes are written slowly
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._bytes = ThreadPoolExecutor(1, "checkpoint-bytes", initializer=yield_to_compute)
+        self._bytes = ThreadPoolExecutor(1, "checkpoint-bytes", yield_to_compute, (19,))
         self._hurry = threading.Event()
         self._writing: tuple[int, Future[None]] | None = None
         for name in self._peers.first(lambda: folders.clean(folder)):
@@ -153,6 +153,7 @@ class Checkpoints:
             _, future = self._writing
             self._writing = None
             self._hurry.set()
+            self.release()
             future.result()
 
     def close(self) -> None:
