@@ -322,8 +322,12 @@ def _further(names: Names, modules: int) -> Names:
     found: dict[str, tuple[Spelling, ...]] = {}
     for index in range(modules):
         module = f"mtp.{index}"  # ours and theirs
+
+        def inside(name: str, module: str = module) -> str:
+            return name.replace(outside, f"{module}.")
+
         for name, (spelling,) in released.items():
-            found[name.replace("blocks.{layer}", f"{module}.block")] = (renamed(spelling, outside, f"{module}."),)
+            found[name.replace("blocks.{layer}", f"{module}.block")] = (renamed(spelling, inside),)
         found |= {
             f"{module}.join.embedding_norm.gain": (f"{module}.enorm.weight",),
             f"{module}.join.hidden_norm.gain": (f"{module}.hnorm.weight",),

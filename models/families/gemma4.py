@@ -8,17 +8,14 @@ from typing import Any
 from conf.schema import Refused
 from models.config import ModelConfig
 from models.families import gemma4_text
-from models.families.common import names
+from models.families.common import names, published
 
 TOWERS = r"model\.(vision_tower|embed_vision|audio_tower|embed_audio)\..*"
 
 
 def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     """config.json's text_config to ours. Raises Refused for what cannot be represented."""
-    text = hf.get("text_config")
-    if not isinstance(text, Mapping):
-        raise Refused("config.json has no text_config, the language model's part of a multimodal one.")
-    return gemma4_text.config_from(text)
+    return gemma4_text.config_from(published.text_config(hf))
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:

@@ -262,8 +262,6 @@ def tensor_names(config: ModelConfig) -> names.Names:
     }
 
 
-def _inside(theirs: str | names.Share) -> str | names.Share:
+def _inside(theirs: names.Spelling) -> names.Spelling:
     """The same tensor of the multimodal model."""
-    if isinstance(theirs, names.Share):
-        return names.Share(str(_inside(theirs.name)), theirs.dim)
-    return re.sub(r"^model\.", "model.language_model.", theirs)
+    return names.renamed(theirs, lambda name: re.sub(r"^model\.", "model.language_model.", name))

@@ -11,7 +11,7 @@ a tensor that they do not hold, which starts at zero.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -222,16 +222,16 @@ def at_layer(spelling: Spelling, layer: str) -> Spelling:
     if isinstance(spelling, Share):
         part = int(layer) if spelling.part is None else spelling.part
         spelling = replace(spelling, part=part)
-    return renamed(spelling, "{layer}", layer)
+    return renamed(spelling, lambda name: name.replace("{layer}", layer))
 
 
-def renamed(spelling: Spelling, old: str, new: str) -> Spelling:
-    """With `new` for `old` in each name."""
+def renamed(spelling: Spelling, change: Callable[[str], str]) -> Spelling:
+    """With each name changed."""
     if isinstance(spelling, str):
-        return spelling.replace(old, new)
+        return change(spelling)
     if isinstance(spelling, tuple):
-        return tuple(text.replace(old, new) for text in spelling)
-    return replace(spelling, name=spelling.name.replace(old, new))
+        return tuple(map(change, spelling))
+    return replace(spelling, name=change(spelling.name))
 
 
 def first_name(spelling: Spelling) -> str:

@@ -108,3 +108,11 @@ def read(owner: type[T], published: Mapping[str, Any], fixed: Mapping[str, Any])
         if key not in known | fixed.keys() | INERT and not key.startswith("_"):
             print(f"config.json's {key} is a key that nothing reads.", file=sys.stderr)
     return schema.build(owner, {key: published[key] for key in published if key in known}, "config.json")
+
+
+def text_config(published: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a multimodal config.json. Raises Refused where there is none."""
+    text = published.get("text_config")
+    if not isinstance(text, Mapping):
+        raise Refused("config.json has no text_config, the language model's part of a multimodal one.")
+    return text

@@ -38,8 +38,12 @@ UNREAD = (torch.float8_e5m2, torch.float8_e8m0fnu, torch.uint8)
 
 def blocks(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Of a config.json: the block that shares a factor in FP8, (1, numbers of a row) in INT4, None where it says of no
-    weight that it is stored in fewer bits. Raises Refused for another way of storing them."""
-    stored = config.get("quantization_config")
+    weight that it is stored in fewer bits. A multimodal one may say it in the language model's part (Kimi K2.6). Raises
+    Refused for another way of storing them."""
+    text = config.get("text_config")
+    parts = (config, text) if isinstance(text, Mapping) else (config,)
+    found = [part["quantization_config"] for part in parts if part.get("quantization_config") is not None]
+    stored = found[0] if found else None
     if stored is None:
         return None
     match stored:
