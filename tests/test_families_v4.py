@@ -24,6 +24,19 @@ def test_equals_transformers(seed: int, tmp_path: Path) -> None:
     assert_equal(theirs, draw, tmp_path, 1e-4)
 
 
+def test_an_exact_ramp_is_told_and_rounded_as_transformers_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "num_experts_per_tok": 2, "head_dim": 12}
+    theirs = reference(
+        "deepseek_v4", **(draw_v4.TINY | sizes | {"rope_parameters": exact, "compress_rope_theta": 100.0})
+    )
+    capsys.readouterr()
+    assert_equal(theirs, random.Random(5), tmp_path, 1e-4)
+    assert "truncate is a key that nothing reads" in capsys.readouterr().err
+
+
 def test_packed_documents_leak_in_transformers_and_not_here(tmp_path: Path) -> None:
     """Its compressors take a row for one document: what the first says is heard in the second."""
     kinds = {"num_hidden_layers": 2, "layer_types": draw_v4.KINDS[1:], "mlp_layer_types": ["moe", "moe"]}

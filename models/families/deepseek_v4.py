@@ -7,6 +7,7 @@ documents leak into each other; it has no loss for the indexer, and no multi-tok
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,8 @@ class Published:
         ropes = {}
         for kind, parameters in (("main", main), ("compress", compress)):
             parameters.pop("partial_rotary_factor", None)
+            if not parameters.pop("truncate", True):  # Transformers looks for it beside the two, where it cannot stand
+                print("config.json's rope_parameters.truncate is a key that nothing reads.", file=sys.stderr)
             ropes[kind], _ = rope.rope_from(parameters, self.rope_theta, self.max_position_embeddings, "interleaved")
         return ropes
 
