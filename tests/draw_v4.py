@@ -53,7 +53,7 @@ def deepseek_v4(draw: random.Random, common: dict[str, Any]) -> dict[str, Any]:
         "mlp_layer_types": [draw.choice(["hash_moe", "moe"]) for _ in range(layers)],
         "compress_rates": {KINDS[1]: draw.choice([2, 3, 4]), KINDS[2]: draw.choice([2, 5, 8])},
         "compress_rope_theta": draw.choice([100.0, 1.6e5]),
-        "rope_theta": 50.0,
+        "rope_theta": draw.choice([50.0, 1e4]),
         "sliding_window": draw.choice([1, 3, 7, 30]),
         "o_groups": groups,
         "o_lora_rank": draw.randint(2, 6),

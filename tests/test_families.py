@@ -240,6 +240,12 @@ def tiny(model_type: str, **values: Any) -> Any:
     return reference(model_type, **(sizes | special[model_type] | values))
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_one_expert_a_token(model_type: str, tmp_path: Path) -> None:
+    """Its weight is normalised to 1 in most: the router's gradient is what rounding leaves of nothing."""
+    assert_equal(tiny(model_type, num_experts_per_tok=1), random.Random(1), tmp_path, 1e-4, 1e-2)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
     def save(model_type: str, **values: Any) -> Path:

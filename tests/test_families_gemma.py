@@ -79,7 +79,9 @@ def e2b(draw: random.Random) -> dict[str, Any]:
 
 
 def e4b(draw: random.Random) -> dict[str, Any]:
-    return shared(draw) | {"hidden_size_per_layer_input": draw.randint(2, 6)}
+    """Some share nothing."""
+    config = shared(draw) | {"hidden_size_per_layer_input": draw.randint(2, 6)}
+    return config if draw.random() < 0.6 else config | {"num_kv_shared_layers": 0}
 
 
 def dense(draw: random.Random) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def laguna(draw: random.Random) -> dict[str, Any]:
         "attention_bias": draw.random() < 0.2,
         "gating": draw.choice([True, "per-head", "per-element"]),
         "layer_types": [draw.choice([SLIDING, FULL]) for _ in range(layers)],
-        "mlp_layer_types": [draw.choice(["dense", "sparse"]), *["sparse"] * (layers - 1)],
+        "mlp_layer_types": [draw.choice(["dense", "sparse"]) for _ in range(layers)],
         "sliding_window": draw.choice([1, 3, 7]),
         "rope_parameters": rotations(draw, shares),
         "num_experts": experts,
