@@ -45,7 +45,7 @@ def parser() -> Parser:
     p = command("cost", "cost", "parameters, cache bytes and operations, computed from what the schemes declare")
     p.add_argument("model", nargs="+", metavar="NAME", help=models)
     p.add_argument("--baseline", metavar="NAME", help="give percents of this model; quote it where it has choices")
-    p.add_argument("--context", default="4096,131072", metavar="N,N", help="tokens of context [%(default)s]")
+    p.add_argument("--context", default="4096,131072,1048576", metavar="N,N", help="tokens of context [%(default)s]")
     p.add_argument("--store", default="declared", metavar="FORMATS", help=stored)
     p.add_argument("--gpu", metavar="GPU", help="what fits beside the weights on one, h100, or several, 8xh200")
     p.add_argument(

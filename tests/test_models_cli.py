@@ -65,8 +65,7 @@ def test_a_layer_of_deepseek_v3_leaves_a_latent_and_a_rotated_key(capsys: pytest
 
 def test_costs_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes and GFLOP by hand: DeepSeek-V3 and Kimi K2.6 keep 61 × 1152 bytes a token."""
-    words = ["deepseek_v3", "kimi_k2_6", "--context", "4096,131072,1048576", "--baseline", "deepseek_v3", "--json"]
-    costs = json.loads(said(capsys, "cost", *words))
+    costs = json.loads(said(capsys, "cost", "deepseek_v3", "kimi_k2_6", "--baseline", "deepseek_v3", "--json"))
     deepseek, kimi = costs["deepseek_v3"], costs["kimi_k2_6"]
     assert deepseek["kv_bytes_per_token"] == kimi["kv_bytes_per_token"] == 70272
     assert deepseek["kv_bytes"] == {"4096": 287834112, "131072": 9210691584, "1048576": 73685532672}
@@ -145,6 +144,10 @@ def test_what_fits_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert fits["ridge"] == 295.2 and fits["bound"]["4096"] == "memory"
     # absorbed, all 128 heads read one latent: 2 × 128 × (2 × 512 + 64) for 1,152 bytes
     assert costs["deepseek_v3"]["flop_per_byte"]["4096"] == pytest.approx(241.778, abs=1e-3)
+    # GPT-2 has positions for 1,024 tokens, of 36,864 bytes each
+    positions = json.loads(said(capsys, "cost", "gpt2", "--gpu", "h100", "--context", "1024,1025", "--json"))["gpt2"]
+    left = 80_000_000_000 - 2 * 124_439_808
+    assert positions["gpu"]["sessions"] == {"1024": left // (1024 * 36_864), "1025": 0}
     eight = json.loads(said(capsys, "cost", "qwen3_30b_a3b", "--gpu", "8xh100", "--weights", "fp4", "--json"))
     assert eight["qwen3_30b_a3b"]["gpu"]["memory_bytes"] == 640_000_000_000
     assert eight["qwen3_30b_a3b"]["gpu"]["weight_bytes"] == fits["weight_bytes"] / 4
@@ -161,7 +164,7 @@ def test_arms_of_one_backbone_side_by_side(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_table_has_a_row_for_each_model(capsys: pytest.CaptureFixture[str]) -> None:
     table = said(capsys, "cost", "deepseek_v3", "kimi_k2_6", "--baseline", "deepseek_v3")
-    assert table.count("kimi_k2_6 ") == 4 and "152.96%" in table and "287.83 MB" in table
+    assert table.count("kimi_k2_6 ") == 5 and "152.96%" in table and "287.83 MB" in table
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def costs_of(model: Model, contexts: list[int], store: Storage, weights: str) ->
 
 
 def fitting(model: Model, contexts: list[int], memory: float, store: Storage, weights: str) -> Costs:
-    """What the memory holds beside the weights: the longest context of one session, and sessions of each context.
+    """What the memory holds beside the weights: the longest context of one session, and sessions of each context, none
+    of a longer one.
 
     Activations and the engine's own needs are not subtracted.
     """
@@ -100,7 +101,7 @@ def fitting(model: Model, contexts: list[int], memory: float, store: Storage, we
     left = memory - weight_bytes
     longest = cost.longest_context(model, left, store)
     held = {n: cost.kv_bytes(model, n, store)["total"] for n in contexts}
-    sessions = {str(n): max(0, int(left // bytes_held)) if bytes_held else None for n, bytes_held in held.items()}
+    sessions = {str(n): (int(left // held[n]) if held[n] else None) if n <= longest else 0 for n in contexts}
     return {
         "memory_bytes": _whole(memory),
         "weight_bytes": _whole(weight_bytes),
