@@ -331,7 +331,10 @@ TABLE: dict[str, Row] = {
     "nsa all chosen": Row((layer(nsa(top_k=300, local=2, block=2, stride=2, kv_heads=1)),)),
     "v4": Row((layer(swa(), HASHED), layer(csa(), SQRT_SOFTPLUS), layer(hca(rate=8), SQRT_SOFTPLUS)), MHC),
     "mhc gqa": Row((layer(gqa(), SOFTMAX), layer(gqa(window=5))), MHC),
-    "gpt2": Row((layer(gqa(kv_heads=4, **GPT2), MLP), layer(gqa(kv_heads=4, scale=0.2, **GPT2), MLP)), LEARNED),
+    "gpt2": Row(
+        (layer(gqa(kv_heads=4, **GPT2), MLP), layer(gqa(kv_heads=4, scale=0.2, **GPT2), {**MLP, "activation": "gelu"})),
+        LEARNED,
+    ),
     "mhc mixed": Row((layer(hca(), SIGMOID), layer(mla()), layer(hca(heads=2), reads=0)), MHC),
 }
 

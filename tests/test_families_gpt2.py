@@ -33,7 +33,7 @@ def drawn(draw: random.Random, **values: Any) -> dict[str, Any]:
         "n_layer": draw.randint(1, 3),
         "n_head": heads,
         "n_inner": draw.choice([None, draw.randint(4, 24)]),
-        "activation_function": draw.choice(["gelu_new", "gelu_pytorch_tanh", "silu"]),
+        "activation_function": draw.choice(["gelu_new", "gelu_pytorch_tanh", "gelu", "silu"]),
         "layer_norm_epsilon": draw.choice([1e-6, 1e-5, 1e-2]),
         "scale_attn_weights": draw.random() < 0.7,
         "scale_attn_by_inverse_layer_idx": draw.random() < 0.4,

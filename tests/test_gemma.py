@@ -167,7 +167,9 @@ def test_the_table_of_a_depth_is_its_own() -> None:
         pytest.param((layer(tied_kv(qk_norm=False)),), {}, "one norm makes the key and the value", id="no norm"),
         pytest.param((layer(gqa(scale=0.0)),), {}, "scale", id="no scale"),
         pytest.param((layer(gqa(), {**PARALLEL, "shared_hidden": 0}),), {}, "dense feed-forward", id="no dense"),
-        pytest.param((layer(gqa(), {**DENSE, "activation": "gelu"}),), {}, "gelu_tanh", id="unknown activation"),
+        pytest.param(
+            (layer(gqa(), {**DENSE, "activation": "relu"}),), {}, "activation is .relu", id="unknown activation"
+        ),
         pytest.param((layer(gqa(), injection={**PLE, "hidden": 0}),), {}, "hidden", id="an injection of nothing"),
         pytest.param(
             (layer(gqa(), injection=PLE), layer(gqa(), injection={**PLE, "hidden": 6})), {}, "same settings", id="sizes"

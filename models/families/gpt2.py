@@ -16,7 +16,13 @@ from models.families.common import plan, published
 from models.families.common.names import IGNORED, Names, Share, Spelling
 
 SCHEMES = {"attention": ["gqa"], "feedforward": ["mlp"]}
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 
 @dataclass(frozen=True)

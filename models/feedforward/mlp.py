@@ -34,7 +34,7 @@ class MLP(FeedForward):
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
-        self.function = activation.function(config.activation)
+        self.function = activation.FUNCTIONS[config.activation]
         self.up = Linear(width, config.hidden, ("hidden", "width"), bias=config.bias)
         self.down = Linear(config.hidden, width, ("width", "hidden"), "output", bias=config.bias)
 
