@@ -40,7 +40,7 @@ def common(draw: random.Random) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": draw.choice(head_counts),
         "num_global_key_value_heads": draw.choice([None, *head_counts]),
-        "head_dim": draw.choice([2, 4, 8]),
+        "head_dim": draw.choice([4, 6, 8]),
         "global_head_dim": draw.choice([4, 6, 8, 12]),
         "attention_bias": draw.random() < 0.2,
         "layer_types": [*(draw.choice([SLIDING, SLIDING, FULL]) for _ in range(layers - 1)), FULL],
@@ -79,9 +79,7 @@ def e2b(draw: random.Random) -> dict[str, Any]:
 
 
 def e4b(draw: random.Random) -> dict[str, Any]:
-    """Some share nothing."""
-    config = shared(draw) | {"hidden_size_per_layer_input": draw.randint(2, 6)}
-    return config if draw.random() < 0.6 else config | {"num_kv_shared_layers": 0}
+    return shared(draw) | {"hidden_size_per_layer_input": draw.randint(4, 8)}
 
 
 def dense(draw: random.Random) -> dict[str, Any]:
@@ -145,6 +143,12 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 """Of a small E2B: layers 2 and 3 read layers 0 and 1."""
+
+
+def test_per_layer_embeddings_without_sharing(tmp_path: Path) -> None:
+    alone = {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}
+    assert_equal(gemma(**(SIZES | alone)), random.Random(0), tmp_path, TOLERANCE, FLOOR)
+
 
 IDS = torch.arange(11)[None]
 
