@@ -61,11 +61,12 @@ class Row:
 
 @torch.no_grad()
 def perturb(model: Model) -> None:
-    """Move everything off its initial value, where zeros and ones hide mistakes."""
+    """Move everything off its initial value, where zeros and ones hide mistakes; not the experts of a table."""
     generator = torch.Generator().manual_seed(2)
     for tensor in [*model.parameters(), *model.buffers()]:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.add_((0.25 * noise).to(tensor.dtype))
+        if tensor.is_floating_point():
+            tensor.add_((0.25 * noise).to(tensor.dtype))
 
 
 def tokens(num_rows: int, length: int, seed: int = 3) -> torch.Tensor:
