@@ -167,15 +167,16 @@ def ratio_of_compression(path: Path = RESULTS) -> Judgement:
     spikes = [arm.spikes(base) for arm in claimed]
     verdict, assumption = _verdict(claimed, spikes)
     worst = max(arm.percent(base) for arm in claimed)
-    words = {True: "yes", False: "no", None: "within noise"}
+    words = {True: "yes", False: "no", None: "open"}
     return Judgement(
         verdict,
-        f"{spikes.count(True)} of {len(claimed)} ratios from 4× to 8× spike, {spikes.count(None)} cannot be told from "
-        f"noise; at most {worst:+.1f} % of perplexity",
+        f"{spikes.count(True)} of {len(claimed)} ratios from 4× to 8× spike, {spikes.count(None)} open; "
+        f"at most {worst:+.1f} % of perplexity",
         f"Perplexity of a token of held-out text, against the uncompressed arm (`{base.arm}`, {mean(base.nats):.4f} "
         f"nats a token, {len(base.nats)} seeds): at 4× to 8×, the most is {worst:+.1f} %. A spike is more than 1 % and "
         "more than two standard deviations of a seed; more than 1 % within two of them leaves open whether there is "
-        f"one. {_setting(results)}{_unnormed(results)}",
+        "one. (`docs/study.md` takes differences seed by seed, and so may be surer of one, or less sure.) "
+        f"{_setting(results)}{_unnormed(results)}",
         assumption,
         {f"{arm.ratio:.3g}× percent": arm.percent(base) for arm in arms},
         (
