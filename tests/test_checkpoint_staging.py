@@ -42,9 +42,11 @@ def test_who_may_not_wait_makes_the_copy(staging: Staging, tensor: Tensor) -> No
     starved = threading.Event()
     staging._thread.submit(starved.wait)
     copy, expected = staging.begin({"a": tensor})["a"], tensor.clone()
-    staging.release()
-    tensor.zero_()
-    assert torch.equal(copy, expected)
-    starved.set()
+    try:
+        staging.release()
+        tensor.zero_()
+        released = copy.clone()
+    finally:
+        starved.set()
     staging.arrive()
-    assert torch.equal(copy, expected)
+    assert torch.equal(released, expected) and torch.equal(copy, expected)
