@@ -47,6 +47,12 @@ def tell_difference(path: Path, config: ModelConfig) -> None:
         log.warning("%s is of a model whose %s as here", path, found)
 
 
+def tell_other_tokenizer(path: Path, theirs: str | None, ours: str | None) -> None:
+    """Warn where the weights were trained on ids that mean other text. None: there is no text, or it is not known."""
+    if theirs is not None and ours is not None and theirs != ours:
+        log.warning("%s was trained on ids of another tokenizer, which mean other text than data.train's", path)
+
+
 def _shared(path: Path, there: Mapping[str, torch.Size], here: Mapping[str, torch.Size]) -> list[str]:
     """The names to be read. Raises Refused where two shapes differ, or where one side is without the other's tensor."""
     ahead = [any(name.startswith(AHEAD) for name in names) for names in (there, here)]

@@ -151,11 +151,7 @@ def _prepare(config: Config, ranks: Ranks, sources: Sources, stop: StopRequest, 
         directory / "checkpoints",
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        facts={
-            **rundir.layout(ranks),
-            "data": sources.train.fingerprint,
-            "tokenizer": sources.train.tokenizer,
-        },
+        facts={**rundir.layout(ranks), "data": sources.train.fingerprint, "tokenizer": sources.train.tokenizer},
         grace=grace(),
     )
     engine.before_update = checkpoints.release
@@ -209,9 +205,8 @@ def _start_weights(config: Config, engine: Engine, checkpoints: Checkpoints, cou
         else:
             checkpoint = checkpoints.load({"model": weights}, path, optional="model.mtp")
             path = checkpoint.path
-            tokenizers = checkpoint.facts.get("tokenizer"), course.tokenizer
-            if None not in tokenizers and tokenizers[0] != tokenizers[1]:
-                log.warning("%s was trained on ids of another tokenizer, which mean other text than data.train's", path)
+            if engine.ranks.first:
+                pretrained.tell_other_tokenizer(path, checkpoint.facts.get("tokenizer"), course.tokenizer)
         engine.load_weights(weights)
         log.info("started from the weights of %s", path)
         if engine.ranks.first:

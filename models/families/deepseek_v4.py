@@ -325,12 +325,8 @@ def _further(names: Names, modules: int) -> Names:
     found: dict[str, tuple[Spelling, ...]] = {}
     for index in range(modules):
         module = f"mtp.{index}"  # ours and theirs
-
-        def inside(name: str, module: str = module) -> str:
-            return name.replace(outside, f"{module}.")
-
         for name, (spelling,) in released.items():
-            found[name.replace("blocks.{layer}", f"{module}.block")] = (renamed(spelling, inside),)
+            found[name.replace("blocks.{layer}", f"{module}.block")] = (_within(module, spelling),)
         found |= {
             f"{module}.join.embedding_norm.gain": (f"{module}.enorm.weight",),
             f"{module}.join.hidden_norm.gain": (f"{module}.hnorm.weight",),
@@ -348,3 +344,8 @@ PREFIXES = ("model.layers.{layer}.", "layers.{layer}.")
 
 def _at_depth(spellings: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(prefix + spelling for prefix in PREFIXES for spelling in spellings)
+
+
+def _within(module: str, spelling: Spelling) -> Spelling:
+    """The same tensor of a module of multi-token prediction, which is no layer."""
+    return renamed(spelling, lambda name: f"{module}.{name.removeprefix(PREFIXES[1])}")

@@ -30,7 +30,6 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 def tensor_names(config: ModelConfig) -> names.Names:
     """Those of the language model, as released and as Transformers writes them: with the tower's word for a layer."""
-
     ways = (
         lambda name: f"language_model.{name}",
         lambda name: f"language_model.{name.replace('.layers.', '.blocks.')}",

@@ -90,7 +90,7 @@ class Staging:
             self._arrived = None
 
     def arrive(self) -> None:
-        """Return once all copies are whole."""
+        """Return once all copies are whole: the thread passes every piece, whoever makes it."""
         if self._copying is not None:
             self._copying.result()
         if self._stream is not None:

@@ -153,7 +153,7 @@ class Checkpoints:
             _, future = self._writing
             self._writing = None
             self._hurry.set()
-            self.release()
+            self.release()  # what is left of the copy is made here, not at a low priority
             future.result()
 
     def close(self) -> None:
